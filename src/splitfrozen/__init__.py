@@ -1,0 +1,3 @@
+"""Fine-tune language models on data that stays on many unequal devices."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,393 @@
+"""The vocabulary: what the parts of splitfrozen hand to each other.
+
+Letters for shapes, used in every docstring:
+
+    B  samples in a batch          D  width of the model (hidden size)
+    T  tokens of one sample        L  blocks in the model
+    n  depth: blocks applied       M  cut: the common depth; LoRA lives on blocks[M:L]
+    V  size of the vocabulary      C  classes
+
+Messages that travel are msgspec structs with a fixed field set; an unknown field is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+IGNORED = -100
+"""Target of a position that carries no loss (the value torch's cross-entropy ignores)."""
+
+PROTOCOL = 1
+"""Version of the HTTP interface and of the frame; both sides must agree."""
+
+TaskKind = Literal["classification", "causal_lm", "image"]
+Precision = Literal["float32", "float16", "int8"]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+# --- what a device computes ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training sample, ready for the front.
+
+    Attributes:
+        id: number of the sample on its device: 0, 1, 2 ... over the good rows, in file order.
+        tokens: int32 [T] token ids; empty for an image.
+        token_types: int32 [T] segment ids (BERT's pairs), or None.
+        pixels: float32 [channels, height, width], normalised; None for text.
+        targets: int32 [1], the label, for classification and images; int32 [T] for causal_lm:
+            `targets[t]` is the token to predict at position t, or IGNORED.
+        length: T, what the sample costs; for an image its number of patches plus prefix tokens.
+    """
+
+    id: int
+    tokens: Ints
+    token_types: Ints | None
+    pixels: Floats | None
+    targets: Ints
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What comes out of a front for one sample.
+
+    Attributes:
+        sample: `Sample.id`.
+        depth: n, blocks already applied.
+        hidden: float32 [T, D].
+        targets: as in `Sample`.
+    """
+
+    sample: int
+    depth: int
+    hidden: Floats
+    targets: Ints
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SampleKey:
+    """Names a sample of the whole run. Sorting keys gives the order that shuffles start from."""
+
+    device: str
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTable:
+    """What the store knows of its samples without reading an activation: columns, sorted by key.
+
+    Attributes:
+        devices: ids of the devices, sorted.
+        device: int32 [N], index into `devices`.
+        sample: int32 [N], `Sample.id`.
+        tokens: int32 [N], T of each sample.
+        depth: int32 [N], n of each sample.
+    """
+
+    devices: tuple[str, ...]
+    device: Ints
+    sample: Ints
+    tokens: Ints
+    depth: Ints
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def key(self, row: int) -> SampleKey:
+        return SampleKey(self.devices[int(self.device[row])], int(self.sample[row]))
+
+
+# --- messages --------------------------------------------------------------------------------
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything that travels as MessagePack."""
+
+
+class FileRef(Message):
+    """A file served by content: GET /v1/files/{sha256}, with Range requests."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+    sha256: Sha256
+    bytes: Count
+
+
+class FrontManifest(Message):
+    """front(n) as ONNX: a graph and its weights, each a file named by its content.
+
+    Weights are files of their own, so a deeper front downloads only the blocks it adds.
+
+    Attributes:
+        depth: n.
+        width: D.
+        precision: of the weights.
+        hash: over weights, depth and precision; a chunk carries it.
+        graph: name of the file in `files` to open.
+        files: graph and weights.
+        flops_per_token: multiply-adds x 2 of one token in this front, without attention scores.
+        memory_bytes: least memory a device needs for it (weights and working set).
+    """
+
+    depth: Positive
+    width: Positive
+    precision: Precision
+    hash: Sha256
+    graph: str
+    files: tuple[FileRef, ...]
+    flops_per_token: Positive
+    memory_bytes: Positive
+
+
+class TaskSpec(Message):
+    """How a device turns a row of its data into a `Sample`.
+
+    Attributes:
+        kind: the task.
+        columns: our name -> the column's name in the file. Classification: `text`, `label`, maybe
+            `pair`. causal_lm: `prompt`, `completion`. Image: `pixels`, `label`.
+        labels: names of the classes in order; a row's label is a name or its index.
+        max_tokens: longer inputs are truncated (longest first in a pair).
+        template: causal_lm: the prompt as the model sees it, with `{prompt}` in it.
+        separator: token between the texts of a pair where the tokenizer puts none; None otherwise.
+        end: token after a completion; None where the model has none.
+        token_types: whether the front takes segment ids.
+        image: (channels, height, width) the model takes; None for text.
+        image_mean: per channel, after division by 255.
+        image_std: per channel.
+        image_tokens: T of every image.
+    """
+
+    kind: TaskKind
+    columns: dict[str, str]
+    labels: tuple[str, ...]
+    max_tokens: Positive
+    template: str = "{prompt}"
+    separator: int | None = None
+    end: int | None = None
+    token_types: bool = False
+    image: tuple[int, int, int] | None = None
+    image_mean: tuple[float, ...] = ()
+    image_std: tuple[float, ...] = ()
+    image_tokens: Count = 0
+
+
+class Enrolment(Message):
+    """POST /v1/enrol. The device makes its own secret, so repeating the request is harmless."""
+
+    protocol: int
+    token: Annotated[str, Meta(max_length=100)]
+    secret: Annotated[str, Meta(min_length=32, max_length=100)]
+    name: Annotated[str, Meta(max_length=100)]
+    version: Annotated[str, Meta(max_length=40)]
+
+
+class Enrolled(Message):
+    """The reply: the device's id in this run; the secret is its bearer token from now on."""
+
+    run: str
+    device: str
+
+
+class RunInfo(Message):
+    """GET /v1/run: what every device of the run needs before its assignment."""
+
+    run: str
+    model: str
+    task: TaskSpec
+    tokenizer: FileRef | None
+    probe: FrontManifest
+    codec: str
+    chunk_bytes: Positive
+    seed: int
+
+
+class Announcement(Message):
+    """POST /v1/announcement: what the device will send. It may be repeated, never changed.
+
+    Attributes:
+        samples: good rows; their ids are 0 .. samples-1.
+        tokens: sum of T over them.
+        skipped: rows left out as bad.
+        digest: sha256 over tokens and targets of all samples.
+    """
+
+    samples: Positive
+    tokens: Positive
+    skipped: Count
+    digest: Sha256
+
+
+class DeviceProfile(Message):
+    """POST /v1/profile: what the probe measured on the device.
+
+    Attributes:
+        flops: FLOP/s of the probe front on this machine.
+        memory_bytes: memory available to the process.
+        uplink_bps: bit/s from the device to the server.
+        cores: threads that the runtime uses.
+        platform: for people: system, machine, runtime.
+    """
+
+    flops: Annotated[float, Meta(gt=0)]
+    memory_bytes: Positive
+    uplink_bps: Annotated[float, Meta(gt=0)]
+    cores: Positive
+    platform: Annotated[str, Meta(max_length=200)]
+
+
+class Assignment(Message):
+    """GET /v1/assignment: the device's front."""
+
+    depth: Positive
+    front: FrontManifest
+
+
+class DeviceReport(Message):
+    """POST /v1/report: what happened, once everything is stored.
+
+    `seconds` is wall time from the first forward to the last acknowledgement; the stage times
+    overlap within it.
+    """
+
+    seconds: float
+    compute_s: float
+    encode_s: float
+    upload_s: float
+    bytes_up: Count
+    chunks: Count
+    padding: float
+
+
+class Receipt(Message):
+    """Reply to PUT /v1/chunks/{sha256}: the chunk is on disk.
+
+    Attributes:
+        index: of the chunk in the device's plan.
+        stored: samples that were new; 0 when the chunk was there already.
+    """
+
+    index: Count
+    stored: Count
+
+
+class Refusal(Message):
+    """Body of every 4xx and 5xx reply: the class of the error and its four-part message."""
+
+    error: str
+    message: str
+
+
+# --- chunks ----------------------------------------------------------------------------------
+
+
+class FrameHeader(Message):
+    """Head of a chunk; `wire.frame` says how it is laid out. Lists run over the chunk's samples."""
+
+    protocol: int
+    run: Annotated[str, Meta(max_length=100)]
+    device: Annotated[str, Meta(max_length=100)]
+    index: Count
+    front: Sha256
+    depth: Positive
+    width: Annotated[int, Meta(ge=1, le=65536)]
+    codec: Annotated[str, Meta(max_length=40)]
+    samples: tuple[Count, ...]
+    tokens: tuple[Positive, ...]
+    targets: tuple[Positive, ...]
+    payloads: tuple[Positive, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One upload: a frame and the hash that addresses it."""
+
+    index: int
+    sha256: str
+    frame: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """One sample inside a chunk, still encoded. `payload` decodes to float32 [tokens, D]."""
+
+    sample: int
+    tokens: int
+    targets: Ints
+    payload: bytes | memoryview
+
+
+# --- protocols -------------------------------------------------------------------------------
+
+
+class Codec(Protocol):
+    """Turns one sample's activation into bytes and back, within a declared error."""
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, hidden: Floats) -> bytes:
+        """float32 [T, D] -> bytes. Raises WireError on values it cannot carry."""
+        ...
+
+    def decode(self, payload: bytes | memoryview, tokens: int, width: int) -> Floats:
+        """bytes -> float32 [tokens, width]. Raises WireError; allocates at most that array."""
+        ...
+
+    def error_bound(self, hidden: Floats) -> Floats:
+        """Largest |decode(encode(hidden)) - hidden|, broadcastable to [T, D]."""
+        ...
+
+
+class Front(Protocol):
+    """front(n): embedding and blocks[0:n], frozen."""
+
+    @property
+    def depth(self) -> int: ...
+
+    def __call__(self, batch: Sequence[Sample]) -> list[Floats]:
+        """Return float32 [T, D] for each sample, in order, without padding."""
+        ...
+
+
+class Uploader(Protocol):
+    """Carries chunks to the server: over HTTPS, in process, or over a bad link in tests."""
+
+    def stored(self) -> set[int]:
+        """Indices of the chunks that the server has already."""
+        ...
+
+    def put(self, chunk: Chunk) -> Receipt:
+        """Return once the chunk is durable. Raises RefusedError or UnreachableError."""
+        ...
+
+
+class ActivationSource(Protocol):
+    """Where training reads from."""
+
+    def samples(self) -> SampleTable:
+        """Everything stored, sorted by key."""
+        ...
+
+    def read(self, keys: Sequence[SampleKey]) -> list[Activation]:
+        """Activations in the order of `keys`. Raises StoreError for a missing or damaged one."""
+        ...
+
+
+class ActivationStore(ActivationSource, Protocol):
+    """Where lifting writes to: a lifted activation replaces the shallow one, atomically."""
+
+    def replace(self, device: str, activations: Iterable[Activation]) -> None: ...
