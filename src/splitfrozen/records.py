@@ -215,6 +215,26 @@ class RunInfo(Message):
     seed: int
 
 
+class Prepared(Message):
+    """What the model gave the run before any device came; kept in the run folder.
+
+    Attributes:
+        task: as devices get it.
+        tokenizer: the served tokenizer.json; None for images.
+        fronts: one manifest for each depth that may be assigned; the shallowest is the probe's.
+        blocks: L.
+        width: D.
+        weights_hash: over the base model's weights.
+    """
+
+    task: TaskSpec
+    tokenizer: FileRef | None
+    fronts: tuple[FrontManifest, ...]
+    blocks: Positive
+    width: Positive
+    weights_hash: Sha256
+
+
 class Announcement(Message):
     """POST /v1/announcement: what the device will send. It may be repeated, never changed.
 
