@@ -292,6 +292,12 @@ class DeviceReport(Message):
     padding: float
 
 
+class Failure(Message):
+    """POST /v1/failure: why the device gives up, for people."""
+
+    message: Annotated[str, Meta(max_length=2000)]
+
+
 class Receipt(Message):
     """Reply to PUT /v1/chunks/{sha256}: the chunk is on disk.
 
@@ -411,3 +417,15 @@ class ActivationStore(ActivationSource, Protocol):
     """Where lifting writes to: a lifted activation replaces the shallow one, atomically."""
 
     def replace(self, device: str, activations: Iterable[Activation]) -> None: ...
+
+
+# --- what a command returns ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of a command: `data` for `--json`, `text` for a person, `exit_code` of the process."""
+
+    data: dict[str, object]
+    text: str
+    exit_code: int = 0

@@ -1,0 +1,7 @@
+"""`python -m splitfrozen` is the console script."""
+
+import sys
+
+from splitfrozen.cli import main
+
+sys.exit(main())

@@ -1,0 +1,217 @@
+"""The command line: parses, calls one function, prints what it returns.
+
+Each command names its function as "module:function" and the module is loaded when the command
+runs, so `join` starts on a machine that has the base install only. With `--json` one JSON object
+goes to stdout and nothing else; logs and progress go to stderr. Exit codes: 0 done, 1 the work
+failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitfrozen import __version__
+from splitfrozen.errors import RequestError, SplitFrozenError
+from splitfrozen.records import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a command, as `argparse.add_argument` takes it."""
+
+    flags: tuple[str, ...]
+    options: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """`target` is called with the arguments by keyword and returns an `Outcome`."""
+
+    name: str
+    help: str
+    target: str
+    arguments: tuple[Argument, ...] = ()
+
+
+def _arg(*flags: str, **options: object) -> Argument:
+    return Argument(flags, options)
+
+
+RUN = _arg("run", type=Path, help="run folder")
+ADAPTER = _arg("--adapter", choices=("best", "last"), default="best", help="default: best")
+
+COMMANDS = (
+    Command(
+        "demo",
+        "a server and ten devices on this machine: real processes, real HTTPS",
+        "splitfrozen.runs.demo:demo",
+        (
+            _arg("--folder", type=Path, default=Path("runs/demo"), help="default: runs/demo"),
+            _arg("--seed", type=int, default=0, help="of data, partition and training"),
+        ),
+    ),
+    Command(
+        "serve",
+        "start (or continue) a run; prints one join string for each device",
+        "splitfrozen.runs.serve:serve",
+        (_arg("source", type=Path, metavar="RUN.toml", help="the run's file, or its folder"),),
+    ),
+    Command(
+        "join",
+        "be a device of a run",
+        "splitfrozen.device.agent:join_command",
+        (
+            _arg("join", metavar="JOIN", help="the join string that `serve` printed"),
+            _arg("--data", required=True, help="CSV, JSON lines, .npz or `datasets` folder"),
+            _arg("--name", help="what people call this device (default: the host name)"),
+            _arg("--column", action="append", default=[], metavar="OURS=THEIRS", dest="columns"),
+            _arg("--state", type=Path, help="folder for identity and downloads"),
+            _arg("--threads", type=int, help="default: all cores"),
+            _arg("--strict", action="store_true", help="stop at the first bad row"),
+        ),
+    ),
+    Command("status", "what a run is doing", "splitfrozen.runs.steer:status", (RUN,)),
+    Command(
+        "logs",
+        "the log of a run",
+        "splitfrozen.runs.steer:logs",
+        (RUN, _arg("--lines", type=int, default=50, help="default: 50")),
+    ),
+    Command("stop", "stop a run; `serve` continues it", "splitfrozen.runs.steer:stop", (RUN,)),
+    Command(
+        "invite",
+        "add devices to a run; prints their join strings",
+        "splitfrozen.runs.steer:invite",
+        (RUN, _arg("--count", type=int, default=1, help="default: 1")),
+    ),
+    Command(
+        "purge",
+        "delete everything that a device sent, and refuse it from now on",
+        "splitfrozen.runs.steer:purge",
+        (RUN, _arg("--device", required=True, help="id, as in `status`")),
+    ),
+    Command(
+        "eval",
+        "measure a run's adapter on data",
+        "splitfrozen.runs.use:evaluate",
+        (RUN, _arg("--data", help="default: the run's task.eval"), ADAPTER),
+    ),
+    Command(
+        "generate",
+        "continue a prompt with a run's adapter",
+        "splitfrozen.runs.use:generate",
+        (
+            RUN,
+            _arg("--prompt", required=True, help="text; the run's template is put around it"),
+            _arg("--max-new-tokens", type=int, default=256, help="default: 256"),
+            ADAPTER,
+        ),
+    ),
+    Command(
+        "export",
+        "write a run's adapter, or the model with it merged in",
+        "splitfrozen.runs.use:export",
+        (
+            RUN,
+            _arg("out", type=Path, help="folder to write"),
+            _arg("--merge", action="store_true", help="write the whole model, adapter merged in"),
+            ADAPTER,
+        ),
+    ),
+    Command(
+        "doctor", "what is missing here, and the command that mends it", "splitfrozen.doctor:doctor"
+    ),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="splitfrozen",
+        description="Fine-tune language models on data that stays on many unequal devices.",
+    )
+    top.add_argument("--version", action="version", version=f"splitfrozen {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for command in COMMANDS:
+        one = commands.add_parser(command.name, help=command.help, description=command.help)
+        for argument in command.arguments:
+            one.add_argument(*argument.flags, **argument.options)  # type: ignore[arg-type]
+        one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        one.add_argument("--verbose", action="store_true", help="log more")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    arguments = vars(parser().parse_args(argv))
+    as_json, verbose = arguments.pop("json"), arguments.pop("verbose")
+    name = arguments.pop("command")
+    command = next(command for command in COMMANDS if command.name == name)
+    logging.basicConfig(
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        level=logging.DEBUG if verbose else logging.INFO,
+    )
+    for chatty in ("httpx2", "httpcore2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        outcome = resolve(command)(**arguments)
+        text = dump(outcome.data) if as_json else outcome.text
+        print(text, flush=True)
+        return outcome.exit_code
+    except SplitFrozenError as error:
+        return _report(error, as_json)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def resolve(command: Command) -> Callable[..., Outcome]:
+    """Load the function behind a command. Raises RequestError where its packages are missing."""
+    module, _, function = command.target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("splitfrozen"):
+            raise
+        raise RequestError(
+            f"`{command.name}` runs on the server side",
+            got=f"an install without {error.name}",
+            allowed="the server install",
+            remedy="run: pip install 'splitfrozen[server]'",
+        ) from error
+
+
+def dump(data: object) -> str:
+    """JSON in one line; NaN and infinity become null, which every parser reads."""
+    return json.dumps(_finite(data), allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def _report(error: SplitFrozenError, as_json: bool) -> int:
+    if as_json:
+        print(dump({"error": type(error).__name__, "message": str(error)}), flush=True)
+    print(f"splitfrozen: {error}", file=sys.stderr)
+    return error.exit_code
