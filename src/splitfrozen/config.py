@@ -37,7 +37,7 @@ class Spec(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all specs."""
 
 
-class ModelSpec(Spec):
+class ModelSpec(Spec, frozen=True):
     """`name`: Hugging Face hub name or folder. `cut`: M. `front`: precision of the devices'
     weights. `precision`: what the server computes in; "auto" takes bfloat16 where the hardware
     multiplies it natively."""
@@ -48,7 +48,7 @@ class ModelSpec(Spec):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class TaskConfig(Spec):
+class TaskConfig(Spec, frozen=True):
     """What the rows mean.
 
     `columns`: our name -> the file's column, where they differ. `labels`: class names in order.
@@ -79,7 +79,7 @@ class TaskConfig(Spec):
             raise _bad("task.answer", self.answer, "an expression with one group", "add (...)")
 
 
-class LoraSpec(Spec):
+class LoraSpec(Spec, frozen=True):
     """Adapters on blocks[M:L]. `targets`: "all-linear" or the names of linear maps."""
 
     rank: Whole = 8
@@ -88,7 +88,7 @@ class LoraSpec(Spec):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
-class TrainSpec(Spec):
+class TrainSpec(Spec, frozen=True):
     """The optimisation.
 
     `batch_size` is in samples and exact; `micro_tokens` bounds the padded tokens of a micro-batch
@@ -106,7 +106,7 @@ class TrainSpec(Spec):
     checkpoint_steps: Whole = 50
 
 
-class WireSpec(Spec):
+class WireSpec(Spec, frozen=True):
     """`codec` and `compression` make the codec's name, as in "float16+zstd"."""
 
     codec: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
@@ -118,7 +118,7 @@ class WireSpec(Spec):
         return self.codec if self.compression == "none" else f"{self.codec}+{self.compression}"
 
 
-class DevicesSpec(Spec):
+class DevicesSpec(Spec, frozen=True):
     """`depth`: "auto", or one depth for each device in the order of their join strings.
     `gather_s`: how long the assignment waits for all `count` devices after the first profile.
     `patience_s`: a device that is silent so long counts as gone, and the run goes on with what it
@@ -139,7 +139,7 @@ class DevicesSpec(Spec):
             )
 
 
-class ServerSpec(Spec):
+class ServerSpec(Spec, frozen=True):
     """`host`: address to listen on. `port`: 0 picks a free one. `name`: the address that devices
     are told, by default this machine's name (or `host` where that is an address)."""
 
@@ -148,7 +148,7 @@ class ServerSpec(Spec):
     name: str | None = None
 
 
-class RunSpec(Spec):
+class RunSpec(Spec, frozen=True):
     """`folder` holds everything of the run. `start`: "complete" trains when all announced samples
     are in; "streaming" trains its first epoch from a shuffle window of `window` samples while
     devices still upload."""
@@ -159,7 +159,7 @@ class RunSpec(Spec):
     window: Whole = 2048
 
 
-class Config(Spec):
+class Config(Spec, frozen=True):
     """A whole run."""
 
     model: ModelSpec

@@ -110,6 +110,16 @@ class SampleTable:
     def key(self, row: int) -> SampleKey:
         return SampleKey(self.devices[int(self.device[row])], int(self.sample[row]))
 
+    def select(self, chosen: npt.NDArray[np.bool_]) -> SampleTable:
+        """Return the rows where `chosen`, bool [N], holds."""
+        return SampleTable(
+            self.devices,
+            self.device[chosen],
+            self.sample[chosen],
+            self.tokens[chosen],
+            self.depth[chosen],
+        )
+
 
 # --- messages --------------------------------------------------------------------------------
 
@@ -118,7 +128,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything that travels as MessagePack."""
 
 
-class FileRef(Message):
+class FileRef(Message, frozen=True):
     """A file served by content: GET /v1/files/{sha256}, with Range requests."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
@@ -126,7 +136,7 @@ class FileRef(Message):
     bytes: Count
 
 
-class FrontManifest(Message):
+class FrontManifest(Message, frozen=True):
     """front(n) as ONNX: a graph and its weights, each a file named by its content.
 
     Weights are files of their own, so a deeper front downloads only the blocks it adds.
@@ -152,7 +162,7 @@ class FrontManifest(Message):
     memory_bytes: Positive
 
 
-class TaskSpec(Message):
+class TaskSpec(Message, frozen=True):
     """How a device turns a row of its data into a `Sample`.
 
     Attributes:
@@ -185,7 +195,7 @@ class TaskSpec(Message):
     image_tokens: Count = 0
 
 
-class Enrolment(Message):
+class Enrolment(Message, frozen=True):
     """POST /v1/enrol. The device makes its own secret, so repeating the request is harmless."""
 
     protocol: int
@@ -195,14 +205,14 @@ class Enrolment(Message):
     version: Annotated[str, Meta(max_length=40)]
 
 
-class Enrolled(Message):
+class Enrolled(Message, frozen=True):
     """The reply: the device's id in this run; the secret is its bearer token from now on."""
 
     run: str
     device: str
 
 
-class RunInfo(Message):
+class RunInfo(Message, frozen=True):
     """GET /v1/run: what every device of the run needs before its assignment."""
 
     run: str
@@ -215,7 +225,7 @@ class RunInfo(Message):
     seed: int
 
 
-class Prepared(Message):
+class Prepared(Message, frozen=True):
     """What the model gave the run before any device came; kept in the run folder.
 
     Attributes:
@@ -235,7 +245,7 @@ class Prepared(Message):
     weights_hash: Sha256
 
 
-class Announcement(Message):
+class Announcement(Message, frozen=True):
     """POST /v1/announcement: what the device will send. It may be repeated, never changed.
 
     Attributes:
@@ -251,7 +261,7 @@ class Announcement(Message):
     digest: Sha256
 
 
-class DeviceProfile(Message):
+class DeviceProfile(Message, frozen=True):
     """POST /v1/profile: what the probe measured on the device.
 
     Attributes:
@@ -269,14 +279,14 @@ class DeviceProfile(Message):
     platform: Annotated[str, Meta(max_length=200)]
 
 
-class Assignment(Message):
+class Assignment(Message, frozen=True):
     """GET /v1/assignment: the device's front."""
 
     depth: Positive
     front: FrontManifest
 
 
-class DeviceReport(Message):
+class DeviceReport(Message, frozen=True):
     """POST /v1/report: what happened, once everything is stored.
 
     `seconds` is wall time from the first forward to the last acknowledgement; the stage times
@@ -292,13 +302,13 @@ class DeviceReport(Message):
     padding: float
 
 
-class Failure(Message):
+class Failure(Message, frozen=True):
     """POST /v1/failure: why the device gives up, for people."""
 
     message: Annotated[str, Meta(max_length=2000)]
 
 
-class Receipt(Message):
+class Receipt(Message, frozen=True):
     """Reply to PUT /v1/chunks/{sha256}: the chunk is on disk.
 
     Attributes:
@@ -310,7 +320,7 @@ class Receipt(Message):
     stored: Count
 
 
-class Refusal(Message):
+class Refusal(Message, frozen=True):
     """Body of every 4xx and 5xx reply: the class of the error and its four-part message."""
 
     error: str
@@ -320,7 +330,7 @@ class Refusal(Message):
 # --- chunks ----------------------------------------------------------------------------------
 
 
-class FrameHeader(Message):
+class FrameHeader(Message, frozen=True):
     """Head of a chunk; `wire.frame` says how it is laid out. Lists run over the chunk's samples."""
 
     protocol: int
@@ -364,6 +374,11 @@ class Codec(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def lifted(self) -> str:
+        """Name of the codec that the server stores a lifted activation with."""
+        ...
 
     def encode(self, hidden: Floats) -> bytes:
         """float32 [T, D] -> bytes. Raises WireError on values it cannot carry."""

@@ -1,0 +1,1 @@
+"""From data files to samples: readers, tasks and, for experiments, partitions."""
