@@ -1,0 +1,1 @@
+"""Methods: what is trained and how its loss comes about. The loop is `training.loop.fit`."""

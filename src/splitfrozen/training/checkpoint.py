@@ -1,0 +1,106 @@
+"""The checkpoint: everything that a continued training needs, in one durable file.
+
+It is a safetensors file: the adapter and AdamW's moments as tensors by name, the scalars as JSON in
+its metadata. Nothing in it is executed. A file is written beside its final place, synced and
+renamed, so a reader finds the old one or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import torch
+from msgspec import Meta
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from splitfrozen.errors import StoreError
+
+_Natural = Annotated[int, Meta(ge=0)]
+
+
+class Progress(msgspec.Struct, forbid_unknown_fields=True):
+    """How far a training is.
+
+    Attributes:
+        identity: hash over everything that fixes the result; a checkpoint fits no other training.
+        micro_tokens: bound in use; less than the spec's after memory ran out.
+        step: optimiser steps done.
+        epoch: the epoch of the next batch.
+        index: number of the next batch in its epoch.
+        last_batch: hash over the sample keys of the batch before it.
+        best: best score of an evaluation; None before the first.
+    """
+
+    identity: str
+    micro_tokens: Annotated[int, Meta(ge=1)]
+    step: _Natural = 0
+    epoch: _Natural = 0
+    index: _Natural = 0
+    last_batch: str = ""
+    best: float | None = None
+
+
+def write_checkpoint(path: Path, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the checkpoint at `path`. Raises StoreError; the old one is then still there."""
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        {"progress": msgspec.json.encode(progress).decode()},
+    )
+    fresh = path.with_name(path.name + ".new")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        sync_folder(path.parent)
+
+
+def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]] | None:
+    """Return what was written, or None where there is no checkpoint. Raises StoreError."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            progress = msgspec.json.decode(metadata.get("progress", ""), type=Progress)
+            return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, msgspec.DecodeError, OSError) as error:
+        raise StoreError(
+            f"cannot read the checkpoint {path}",
+            got=str(error),
+            allowed="a checkpoint that this version wrote",
+            remedy="restore the file, or delete it to train again from the first step",
+        ) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError from writing `path` into a StoreError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}",
+            got=error.strerror or str(error),
+            allowed="a writable folder on a disk with space",
+            remedy="free space and start the run again; it continues from its last checkpoint",
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new files in `path` durable (POSIX; elsewhere the system sees to it)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
