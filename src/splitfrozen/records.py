@@ -131,7 +131,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 class FileRef(Message, frozen=True):
     """A file served by content: GET /v1/files/{sha256}, with Range requests."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}$")]
     sha256: Sha256
     bytes: Count
 
