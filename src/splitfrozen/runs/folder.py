@@ -1,0 +1,230 @@
+"""The run folder: everything that a run is made of, so that it can be killed and continued.
+
+config.json      the run as it was started       registry.sqlite  devices and the run's state
+prepared.json    fronts, task, hashes            store/           activations of the devices
+address.json     host and port devices use       evaluation/      activations of the eval data
+join.txt         join strings not yet used       checkpoint/      to resume training
+tls/             certificate and key             adapter/         best/ and last/, PEFT folders
+files/           fronts and tokenizer, as served metrics.jsonl    one event a line
+forecast.json    seconds and bytes expected      serve.log, worker.log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from splitfrozen import config
+from splitfrozen.config import Config
+from splitfrozen.errors import ConfigError, StoreError
+from splitfrozen.records import Prepared
+from splitfrozen.wire.join import JoinString
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where devices find the run, and the certificate's fingerprint."""
+
+    host: str
+    port: int
+    fingerprint: str
+
+    def join(self, token: str) -> str:
+        """The join string of a token."""
+        return str(JoinString(token, self.host, self.port, self.fingerprint))
+
+
+class RunFolder:
+    """Paths and small files of one run; `root` exists and has a config."""
+
+    def __init__(self, root: Path) -> None:
+        """Open a run. Raises StoreError where there is none."""
+        self.root = root
+        if not (root / "config.json").is_file():
+            raise StoreError(
+                f"{root} is not a run folder",
+                got="no config.json in it",
+                allowed="a folder made by `splitfrozen serve`",
+                remedy="name the run's folder, or start it with its TOML file",
+            )
+        self.config: Config = config.undump((root / "config.json").read_bytes())
+
+    @classmethod
+    def create(cls, wanted: Config) -> RunFolder:
+        """Make the folder, or open it where it exists already with the same config.
+
+        Raises ConfigError that names the keys which differ; [server] may.
+        """
+        root = wanted.folder
+        if not (root / "config.json").exists():
+            root.mkdir(parents=True, exist_ok=True)
+            root.chmod(0o700)
+            write_atomically(root / "config.json", config.dump(wanted))
+        folder = cls(root)
+        changed = _differences(folder.config, wanted)
+        if changed:
+            raise ConfigError(
+                f"{root} holds a run that was started otherwise",
+                got=f"another {', '.join(changed)}",
+                allowed="the same config ([server] may change)",
+                remedy="undo the change, or give the new run its own run.folder",
+            )
+        return folder
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def files(self) -> Path:
+        return self.root / "files"
+
+    @property
+    def training(self) -> Path:
+        """What training wrote; without it the run trains anew."""
+        return self.root / "training"
+
+    @property
+    def begun(self) -> bool:
+        """Whether training has begun, that is, whether its samples are fixed."""
+        return any((self.training / name).exists() for name in ("roster.json", "samples"))
+
+    def address(self) -> Address | None:
+        """Where it was served last; None before it was."""
+        path = self.root / "address.json"
+        return msgspec.json.decode(path.read_bytes(), type=Address) if path.exists() else None
+
+    def write_address(self, address: Address) -> None:
+        write_atomically(self.root / "address.json", msgspec.json.encode(address))
+
+    def adapter(self, which: str) -> Path:
+        """Folder of the adapter: "best", or "last" where nothing was evaluated.
+
+        Raises StoreError where there is none yet.
+        """
+        for name in (which, "last"):
+            if (self.training / name / "adapter_config.json").is_file():
+                return self.training / name
+        raise StoreError(
+            f"{self.root} has no adapter yet",
+            got="a run that has not finished an epoch",
+            allowed="one that has",
+            remedy=f"see: splitfrozen status {self.root}",
+        )
+
+    def prepared(self) -> Prepared | None:
+        """What `prepare` wrote; None before that."""
+        path = self.root / "prepared.json"
+        return msgspec.json.decode(path.read_bytes(), type=Prepared) if path.exists() else None
+
+    def write_prepared(self, prepared: Prepared) -> None:
+        write_atomically(self.root / "prepared.json", msgspec.json.encode(prepared))
+
+    def report(self, event: dict[str, Any]) -> None:
+        """Append one event to metrics.jsonl; NaN and infinity become null."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in event.items()
+        }
+        with (self.root / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind, oldest first; a line that a crash cut short is left out."""
+        path = self.root / "metrics.jsonl"
+        found = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if event.get("event") == kind:
+                found.append(event)
+        return found
+
+    @contextmanager
+    def lock(self, role: str) -> Iterator[None]:
+        """Hold the run for one process of this role; the file carries its process id.
+
+        Raises StoreError where another process holds it. The kernel drops the lock with the
+        process, so a killed one leaves nothing behind.
+        """
+        with (self.root / f"{role}.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(
+                    f"{self.root} is in use",
+                    got=f"a `{role}` process with id {self.holder(role)}",
+                    allowed="one at a time",
+                    remedy=f"run: splitfrozen stop {self.root}",
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+            file.truncate(0)
+
+    def holder(self, role: str) -> int | None:
+        """Process id that holds `role`, or None where nobody does."""
+        path = self.root / f"{role}.lock"
+        if not path.exists():
+            return None
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return int(file.read() or 0) or None
+            return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new one, also after a power cut."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(old: Config, new: Config) -> list[str]:
+    before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
+    return [
+        f"{section}.{key}"
+        for section in before
+        if section != "server"
+        for key in before[section]
+        if before[section][key] != after[section][key] and (section, key) != ("run", "folder")
+    ]
+
+
+def log_to(run: RunFolder) -> None:
+    """Send this process's log to stderr and to run.log."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[logging.StreamHandler(), logging.FileHandler(run.root / "run.log")],
+        force=True,
+    )

@@ -1,0 +1,206 @@
+"""From a model's name to what devices need: task, tokenizer and fronts, once a run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+import tokenizers
+import torch
+from transformers import AutoTokenizer
+from transformers.image_processing_utils import BaseImageProcessor
+
+from splitfrozen.config import Config, TaskConfig
+from splitfrozen.data.readers import BadRow, read_rows
+from splitfrozen.data.tasks import build_samples
+from splitfrozen.errors import ConfigError, ModelError
+from splitfrozen.model.blocks import SlicedModel, load_model
+from splitfrozen.model.export import export_front
+from splitfrozen.records import FileRef, Prepared, Sample, TaskSpec
+from splitfrozen.runs.folder import RunFolder
+
+COLUMNS = {
+    "classification": ("text", "label"),
+    "causal_lm": ("prompt", "completion"),
+    "image": ("pixels", "label"),
+}
+"""Columns that a task must have; classification may have `pair` too."""
+
+
+def load_sliced(config: Config) -> SlicedModel:
+    """Load the run's model, on the GPU where there is one. Raises ModelError, ConfigError."""
+    model = load_model(config.model.name, config.task.kind, config.task.labels, config.run.seed)
+    sliced = SlicedModel(model)
+    if config.model.cut >= sliced.block_count:
+        raise ConfigError(
+            "`model.cut` leaves no block for the adapters",
+            got=config.model.cut,
+            allowed=f"1..{sliced.block_count - 1}, as {config.model.name} has "
+            f"{sliced.block_count} blocks",
+            remedy="lower model.cut",
+        )
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return sliced
+
+
+def prepare(run: RunFolder, sliced: SlicedModel) -> Prepared:
+    """Export fronts and tokenizer into the run folder, or return what is there already.
+
+    Raises ModelError where the model cannot be exported, ConfigError where it cannot serve the
+    task.
+    """
+    done = run.prepared()
+    if done is not None:
+        _refuse_other_weights(done, sliced, run)
+        return done
+    config = run.config
+    run.files.mkdir(exist_ok=True)
+    tokenizer = None if config.task.kind == "image" else _serve_tokenizer(config.model.name, run)
+    task = task_spec(config, sliced, tokenizer)
+    fronts = tuple(
+        export_front(sliced, depth, config.model.front, run.files) for depth in _depths(config)
+    )
+    prepared = Prepared(
+        task=task,
+        tokenizer=tokenizer,
+        fronts=fronts,
+        blocks=sliced.block_count,
+        width=sliced.width,
+        weights_hash=sliced.weights_hash(),
+    )
+    run.write_prepared(prepared)
+    return prepared
+
+
+def task_spec(config: Config, sliced: SlicedModel, tokenizer: FileRef | None) -> TaskSpec:
+    """The task as devices get it: the config, completed by what the model and tokenizer say."""
+    task = config.task
+    names = dict.fromkeys(COLUMNS[task.kind]) | dict.fromkeys(task.columns)
+    allowed = {*COLUMNS[task.kind], *(["pair"] if task.kind == "classification" else [])}
+    if set(names) - allowed:
+        raise ConfigError(
+            "`task.columns` names columns that the task does not have",
+            got=", ".join(sorted(set(names) - allowed)),
+            allowed=", ".join(sorted(allowed)),
+            remedy="map our names on the left to your columns on the right",
+        )
+    columns = {ours: task.columns.get(ours, ours) for ours in names}
+    if tokenizer is None:
+        return _image_spec(task, columns, config.model.name, sliced)
+    limit = getattr(sliced.model.config, "max_position_embeddings", None)
+    if limit is not None and task.max_tokens > limit:
+        raise ConfigError(
+            "`task.max_tokens` is more than the model has positions for",
+            got=task.max_tokens,
+            allowed=f"1..{limit}",
+            remedy="lower task.max_tokens",
+        )
+    special = AutoTokenizer.from_pretrained(config.model.name)
+    # BERT's tokenizer marks the texts of a pair itself; where none does, as GPT-2's, the end token
+    # divides them.
+    unmarked = len(special("a", "a")["input_ids"]) == 2 * len(
+        special("a", add_special_tokens=False)["input_ids"]
+    )
+    end = special.eos_token_id
+    return TaskSpec(
+        kind=task.kind,
+        columns=columns,
+        labels=task.labels,
+        max_tokens=task.max_tokens,
+        template=task.template,
+        separator=end if "pair" in columns and unmarked else None,
+        end=end if task.kind == "causal_lm" else None,
+        token_types=sliced.takes_token_types,
+    )
+
+
+def read_samples(
+    source: str, task: TaskSpec, tokenizer: tokenizers.Tokenizer | None, bad: list[BadRow]
+) -> Iterable[Sample]:
+    """Samples of a file on this side, bad rows appended to `bad`."""
+    rows = read_rows(source, task.columns, report=bad.append)
+    return build_samples(rows, task, tokenizer, report=bad.append)
+
+
+def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer | None:
+    """The tokenizer that devices use; None for images."""
+    if prepared.tokenizer is None:
+        return None
+    return tokenizers.Tokenizer.from_file(str(run.files / prepared.tokenizer.name))
+
+
+def _serve_tokenizer(name: str, run: RunFolder) -> FileRef:
+    folder = run.root / "tokenizer"
+    try:
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"no tokenizer in {name}",
+            got=str(error).splitlines()[0],
+            allowed="a model folder or hub name with a tokenizer",
+            remedy="save the tokenizer beside the model",
+        ) from error
+    source = folder / "tokenizer.json"
+    if not source.is_file():
+        raise ModelError(
+            f"the tokenizer of {name} has no fast form",
+            got=", ".join(sorted(path.name for path in folder.iterdir())),
+            allowed="a tokenizer with tokenizer.json, which devices read without transformers",
+            remedy="convert it with transformers' convert_slow_tokenizer and save it",
+        )
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    target = run.files / f"tokenizer-{digest[:16]}.json"
+    shutil.copyfile(source, target)
+    return FileRef(name=target.name, sha256=digest, bytes=target.stat().st_size)
+
+
+def _depths(config: Config) -> list[int]:
+    """Depths to export: the probe's (1) and each that may be assigned."""
+    if config.devices.depth == "auto":
+        return list(range(1, config.model.cut + 1))
+    return sorted({1, *config.devices.depth})
+
+
+def _image_spec(
+    task: TaskConfig, columns: dict[str, str], name: str, sliced: SlicedModel
+) -> TaskSpec:
+    shape = sliced.model.config
+    size = (
+        shape.image_size if isinstance(shape.image_size, list | tuple) else [shape.image_size] * 2
+    )
+    channels = int(shape.num_channels)
+    processor = _image_processor(name)
+    with torch.no_grad():
+        tokens = sliced.front(1)(*sliced.example([1], 0)).shape[1]
+    return TaskSpec(
+        kind="image",
+        columns=columns,
+        labels=task.labels,
+        max_tokens=task.max_tokens,
+        image=(channels, int(size[0]), int(size[1])),
+        image_mean=tuple(processor.get("image_mean") or [0.5] * channels),
+        image_std=tuple(processor.get("image_std") or [0.5] * channels),
+        image_tokens=tokens,
+    )
+
+
+def _image_processor(name: str) -> dict[str, Any]:
+    """Mean and deviation that the model was trained with; {} where it does not say."""
+    try:
+        return dict(BaseImageProcessor.get_image_processor_dict(name)[0])
+    except OSError:
+        return {}
+
+
+def _refuse_other_weights(done: Prepared, sliced: SlicedModel, run: RunFolder) -> None:
+    found = sliced.weights_hash()
+    if found != done.weights_hash:
+        raise ModelError(
+            f"the weights of {run.config.model.name} changed since the run was started",
+            got=found[:16],
+            allowed=done.weights_hash[:16],
+            remedy="restore the model, or start a new run folder",
+        )

@@ -1,0 +1,285 @@
+"""`splitfrozen serve`: the web process, and the worker that it starts and watches.
+
+The web process holds no torch: it receives, stores and acknowledges. The worker prepares, lifts and
+trains. A worker that is killed is started again and continues from its checkpoint; one that fails
+with an error ends the run, and `status` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from splitfrozen import config
+from splitfrozen.config import Config
+from splitfrozen.errors import ConfigError, SplitFrozenError
+from splitfrozen.planning.depth import Forecast, forecast
+from splitfrozen.records import Outcome, Prepared
+from splitfrozen.runs import summary
+from splitfrozen.runs.folder import Address, RunFolder, log_to, write_atomically
+from splitfrozen.server.app import Services, build_app
+from splitfrozen.server.assignment import bytes_per_token
+from splitfrozen.server.auth import identity
+from splitfrozen.server.registry import Registry
+from splitfrozen.server.store import Store
+
+log = logging.getLogger("splitfrozen.serve")
+
+RESTARTS = 5
+"""How often a worker that was killed is started again before the run counts as failed."""
+POLL_S = 0.2
+GRACE_S = 10.0
+"""How long a finished run waits for devices' last reports, and a stopped one for its worker."""
+STATUS_S = 10.0
+
+
+def serve(source: Path) -> Outcome:
+    """Serve a run until it is done or stopped.
+
+    Args:
+        source: the run's TOML file, or its folder.
+
+    Raises:
+        ConfigError: the file, or it differs from the run that its folder holds.
+        StoreError: another process serves the run, or the disk refuses.
+        SplitFrozenError: the run failed.
+    """
+    run = RunFolder(source) if source.is_dir() else RunFolder.create(config.load(source))
+    log_to(run)
+    with run.lock("serve"):
+        return _Server(run).run()
+
+
+class _Server:
+    """One `serve`, from the certificate to the summary."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._registry = Registry(run.root)
+        self._store = Store(run.store)
+        self._prepared: Prepared | None = None
+        self._stopping = threading.Event()
+        self._failure: SplitFrozenError | None = None
+
+    def run(self) -> Outcome:
+        run, registry = self._run, self._registry
+        if registry.state().state == "done":
+            log.info("the run was done already")
+            return summary.outcome(run, registry, self._store)
+        registry.ensure_slots(run.config.devices.count)
+        if registry.state().state in ("failed", "stopped"):
+            registry.set_state("preparing" if self._load_prepared() is None else "receiving")
+        host = told_host(run.config)
+        found = identity(run.root / "tls", [host, "localhost", "127.0.0.1"])
+        with _listening(run) as listener:
+            self._invite(Address(host, listener.getsockname()[1], found.fingerprint))
+            web = uvicorn.Server(
+                uvicorn.Config(
+                    build_app(self._services()),
+                    ssl_certfile=found.certificate,
+                    ssl_keyfile=found.key,
+                    log_config=None,
+                    access_log=False,
+                    server_header=False,
+                    timeout_graceful_shutdown=5,
+                )
+            )
+            self._serve(web, listener)
+        return self._end()
+
+    def _serve(self, web: uvicorn.Server, listener: socket.socket) -> None:
+        """Run the web server and the worker until one of them ends."""
+
+        def stop(*_: object) -> None:
+            self._stopping.set()
+            web.should_exit = True
+
+        # uvicorn raises the signals it got once more when it has shut down; they end here.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        watcher = threading.Thread(target=self._watch, args=(web,), name="watcher")
+        watcher.start()
+        try:
+            web.run(sockets=[listener])
+        finally:
+            self._stopping.set()
+            watcher.join()
+
+    def _end(self) -> Outcome:
+        registry = self._registry
+        if self._failure is not None:
+            registry.set_state("failed", str(self._failure))
+            raise self._failure
+        if registry.state().state != "done":
+            registry.set_state("stopped")
+            log.info("stopped; the same command continues")
+        return summary.outcome(self._run, registry, self._store)
+
+    # --- the worker --------------------------------------------------------------------------
+
+    def _watch(self, web: uvicorn.Server) -> None:
+        """Keep a worker at work; when the run has ended, end the web server."""
+        try:
+            self._failure = self._keep_working()
+            if self._failure is None and not self._stopping.is_set():
+                self._await_reports()
+        except SplitFrozenError as error:
+            self._failure = error
+        finally:
+            web.should_exit = True
+
+    def _keep_working(self) -> SplitFrozenError | None:
+        for _ in range(RESTARTS + 1):
+            code = self._work()
+            if code == 0 or self._stopping.is_set():
+                return None
+            state = self._registry.state()
+            if state.state == "failed":
+                return _WorkerError(state.error or "", code)
+            log.warning("the worker ended with code %d; starting it again", code)
+        return SplitFrozenError(
+            "the worker was killed again and again",
+            got=f"exit code {code}, {RESTARTS + 1} times",
+            allowed="a worker that lives",
+            remedy=f"see {self._run.root / 'run.log'}; is there enough memory?",
+        )
+
+    def _work(self) -> int:
+        """Run one worker to its end, and look after the run meanwhile; returns its exit code."""
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "splitfrozen.runs.worker", str(self._run.root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        told = time.monotonic()
+        try:
+            while worker.poll() is None and not self._stopping.wait(POLL_S):
+                self._forecast()
+                if time.monotonic() - told > STATUS_S:
+                    told = time.monotonic()
+                    log.info("%s", summary.line(self._registry, self._store))
+            if worker.poll() is None:
+                worker.terminate()
+            return worker.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            return worker.wait()
+        finally:
+            assert worker.stdin is not None
+            worker.stdin.close()
+
+    def _await_reports(self) -> None:
+        """Devices that have just had their last receipt are about to report."""
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end and any(
+            row.depth is not None and row.report is None and row.failure is None and not row.revoked
+            for row in self._registry.devices()
+        ):
+            time.sleep(POLL_S)
+
+    # --- what people see ---------------------------------------------------------------------
+
+    def _forecast(self) -> None:
+        """Once every device has a depth, say what is expected; once in a run."""
+        path = self._run.root / "forecast.json"
+        prepared = self._load_prepared()
+        rows = [row for row in self._registry.devices() if not row.revoked]
+        if prepared is None or path.exists() or any(row.depth is None for row in rows):
+            return
+        announced = {row.id: row.announcement for row in rows if row.announcement is not None}
+        profiles = {row.id: row.profile for row in rows if row.profile is not None}
+        depths = {row.id: row.depth for row in rows if row.depth is not None}
+        expected = forecast(
+            announced,
+            profiles,
+            {device: depths[device] for device in announced.keys() & profiles.keys()},
+            prepared.fronts,
+            bytes_per_token(self._run.config.wire.name, prepared),
+        )
+        write_atomically(path, json.dumps([dataclasses.asdict(one) for one in expected]).encode())
+        log.info("forecast\n%s", forecast_table(expected))
+
+    def _invite(self, address: Address) -> None:
+        run, tokens = self._run, self._registry.tokens().values()
+        run.write_address(address)
+        joins = [address.join(token) for token in tokens]
+        path = run.root / "join.txt"
+        write_atomically(path, "".join(join + "\n" for join in joins).encode())
+        log.info("listening on %s port %d; run folder %s", address.host, address.port, run.root)
+        if joins:
+            commands = "\n".join(f"  splitfrozen join {join} --data FILE" for join in joins)
+            log.info("on each device, one of these (also in %s):\n%s", path, commands)
+
+    # --- small things ------------------------------------------------------------------------
+
+    def _services(self) -> Services:
+        run = self._run
+        return Services(run.config, self._store, self._registry, run.files, self._load_prepared)
+
+    def _load_prepared(self) -> Prepared | None:
+        if self._prepared is None:
+            self._prepared = self._run.prepared()
+        return self._prepared
+
+
+class _WorkerError(SplitFrozenError):
+    """What the worker said before it ended, with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        Exception.__init__(self, message)
+        self.exit_code = exit_code
+
+
+def told_host(wanted: Config) -> str:
+    """The name or address that devices are told."""
+    server = wanted.server
+    if server.name is not None:
+        return server.name
+    try:
+        unspecified = ipaddress.ip_address(server.host).is_unspecified
+    except ValueError:
+        unspecified = False
+    return socket.getfqdn() if unspecified else server.host
+
+
+def forecast_table(expected: Sequence[Forecast]) -> str:
+    """What each device is expected to do, for people."""
+    rows = [
+        (f.device, str(f.depth), str(f.samples), f"{f.bytes / 1e6:.1f}", f"{f.seconds:.1f}")
+        for f in expected
+    ]
+    return summary.table(("device", "depth", "samples", "MB", "seconds"), rows)
+
+
+@contextmanager
+def _listening(run: RunFolder) -> Iterator[socket.socket]:
+    """A bound socket. The port of the first start is kept, as devices were told it."""
+    server, before = run.config.server, run.address()
+    port = server.port if before is None else before.port
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((server.host, port))
+            listener.listen(1024)
+        except OSError as error:
+            raise ConfigError(
+                "`server.host` and `server.port` cannot be listened on",
+                got=f"{server.host} port {port}: {error.strerror}",
+                allowed="an address of this machine and a free port",
+                remedy="choose another, or 0 for any free port",
+            ) from error
+        yield listener

@@ -1,0 +1,195 @@
+"""What a run did, from its folder: for `status`, for the end of `serve`, and as a plot."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from splitfrozen.records import Outcome
+from splitfrozen.runs.folder import RunFolder
+from splitfrozen.server.registry import DeviceRow, Registry
+from splitfrozen.server.store import Store, Totals
+
+NOTHING = Totals(samples=0, tokens=0, bytes=0)
+
+
+def summarize(run: RunFolder, registry: Registry, store: Store) -> dict[str, Any]:
+    """Everything that is known of a run, ready for JSON."""
+    totals, state = store.totals(), registry.state()
+    expected = _forecasts(run.root / "forecast.json")
+    before = next(iter(run.events("baseline")), {})
+    evaluations = run.events("evaluation")
+    best = max(evaluations, key=_score, default={})
+    return {
+        "run": run.name,
+        "folder": str(run.root),
+        "state": state.state,
+        "error": state.error,
+        "accuracy_before": before.get("accuracy"),
+        "accuracy_after": best.get("accuracy"),
+        "before": _metrics(before),
+        "after": _metrics(best),
+        "epochs": len({event["epoch"] for event in evaluations}),
+        "steps": max((int(event["step"]) + 1 for event in run.events("step")), default=0),
+        "adapter": _adapter(run),
+        "devices": [
+            _device(row, totals.get(row.id, NOTHING), expected.get(row.id, {}))
+            for row in registry.devices()
+        ],
+    }
+
+
+def outcome(run: RunFolder, registry: Registry, store: Store) -> Outcome:
+    """The end of `serve`: summary, comparison with the forecast, plot."""
+    data = summarize(run, registry, store)
+    if run.events("step"):
+        data["plot"] = str(plot(run))
+    return Outcome(data, text(data))
+
+
+def text(data: dict[str, Any]) -> str:
+    """A summary for people."""
+    header = ("device", "name", "depth", "samples", "stored", "MB sent", "seconds", "forecast", "")
+    rows = [
+        (
+            device["id"],
+            device["name"] or "-",
+            _or_dash(device["depth"]),
+            _or_dash(device["announced"]),
+            str(device["samples"]),
+            f"{device['bytes_up'] / 1e6:.2f}",
+            _or_dash(device["seconds"], ".1f"),
+            _or_dash(device["forecast_seconds"], ".1f"),
+            device["failure"] or ("purged" if device["revoked"] else ""),
+        )
+        for device in data["devices"]
+    ]
+    lines = [table(header, rows), ""]
+    for when in ("before", "after"):
+        values = ", ".join(f"{name} {value:.4f}" for name, value in data[when].items())
+        lines += [f"{when:<7} {values}"] if values else []
+    lines += [f"adapter {data['adapter']}"] if data["adapter"] else []
+    lines += [f"plot    {data['plot']}"] if "plot" in data else []
+    lines.append(f"run     {data['state']}" + (f": {data['error']}" if data["error"] else ""))
+    return "\n".join(lines)
+
+
+def line(registry: Registry, store: Store) -> str:
+    """How far the run is, in one line."""
+    rows, totals = registry.devices(), store.totals()
+    announced = sum(row.announcement.samples for row in rows if row.announcement is not None)
+    stored = sum(total.samples for total in totals.values())
+    joined = sum(row.enrolled_at is not None for row in rows)
+    state = registry.state().state
+    return (
+        f"{state}: {joined} of {len(rows)} devices joined, {stored} of {announced} samples stored"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width; numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(row[i].replace(".", "").isdigit() or row[i] == "-" for row in rows)
+        for i in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join(lines)
+
+
+def plot(run: RunFolder) -> Path:
+    """Draw loss and accuracy (or perplexity) over the steps; returns the PNG's path."""
+    # pyplot keeps figures of its own; a Figure alone needs no display and nothing to close.
+    from matplotlib.figure import Figure
+
+    # A resumed run reports some steps twice; the last one counts.
+    steps = {int(event["step"]) + 1: float(event["loss"] or "nan") for event in run.events("step")}
+    evaluations = [{**event, "step": 0} for event in run.events("baseline")]
+    evaluations += run.events("evaluation")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimiser step", ylabel="training loss", title=run.name)
+    xs = sorted(steps)
+    axes.plot(xs, [steps[x] for x in xs], color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(xs, _smooth([steps[x] for x in xs]), color="tab:blue", label="training loss")
+    name = "accuracy" if evaluations and "accuracy" in evaluations[0] else "perplexity"
+    points = {
+        int(event["step"]): event[name] for event in evaluations if event.get(name) is not None
+    }
+    if points:
+        right = axes.twinx()
+        right.set_ylabel(name)
+        right.plot(*zip(*sorted(points.items()), strict=True), "o-", color="tab:orange", label=name)
+        if name == "accuracy":
+            right.set_ylim(0, 1)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    path = run.root / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(total / weight)
+    return smooth
+
+
+def _device(row: DeviceRow, stored: Totals, expected: dict[str, Any]) -> dict[str, Any]:
+    report = row.report
+    return {
+        "id": row.id,
+        "name": row.name,
+        "depth": row.depth,
+        "samples": stored.samples,
+        "announced": None if row.announcement is None else row.announcement.samples,
+        "skipped": None if row.announcement is None else row.announcement.skipped,
+        "bytes_up": stored.bytes if report is None else report.bytes_up,
+        "seconds": None if report is None else report.seconds,
+        "compute_s": None if report is None else report.compute_s,
+        "upload_s": None if report is None else report.upload_s,
+        "padding": None if report is None else report.padding,
+        "forecast_seconds": expected.get("seconds"),
+        "forecast_bytes": expected.get("bytes"),
+        "silent_s": None if row.last_seen is None else round(time.time() - row.last_seen, 1),
+        "failure": row.failure,
+        "revoked": row.revoked,
+    }
+
+
+def _forecasts(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    return {str(one["device"]): one for one in json.loads(path.read_text())}
+
+
+def _score(event: dict[str, Any]) -> float:
+    if event.get("accuracy") is not None:
+        return float(event["accuracy"])
+    return -float(event["loss"]) if event.get("loss") is not None else float("-inf")
+
+
+def _metrics(event: dict[str, Any]) -> dict[str, float]:
+    names = ("accuracy", "f1", "loss", "perplexity", "exact_match")
+    return {name: float(event[name]) for name in names if event.get(name) is not None}
+
+
+def _adapter(run: RunFolder) -> str | None:
+    for name in ("best", "last"):
+        if (run.training / name / "adapter_config.json").is_file():
+            return str(run.training / name)
+    return None
+
+
+def _or_dash(value: float | None, form: str = "") -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,248 @@
+"""The process with torch in it: prepares the fronts, lifts what arrives, trains, evaluates.
+
+It shares the run folder with the web process and nothing else, so either may be killed without
+taking the other's data along. It ends with the web process: that one holds its standard input.
+
+    python -m splitfrozen.runs.worker RUN_FOLDER
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from splitfrozen.errors import SplitFrozenError
+from splitfrozen.methods.splitfrozen import SplitFrozen
+from splitfrozen.model import adapters
+from splitfrozen.model.blocks import SlicedModel
+from splitfrozen.records import Prepared, SampleTable
+from splitfrozen.runs import evaluation
+from splitfrozen.runs.attendance import Attendance, attendance, read_roster, write_roster
+from splitfrozen.runs.folder import RunFolder, log_to, write_atomically
+from splitfrozen.runs.prepare import load_sliced, prepare
+from splitfrozen.server.registry import Registry
+from splitfrozen.server.store import Store
+from splitfrozen.training.batching import Arrivals, FixedOrder, Order, ShuffleWindow, StreamingOrder
+from splitfrozen.training.evaluate import Evaluation, Evaluator
+from splitfrozen.training.lift import Lifter
+from splitfrozen.training.loop import Hooks, Job, fit
+from splitfrozen.training.precision import resolve
+
+log = logging.getLogger("splitfrozen.worker")
+
+POLL_S = 0.25
+REFRESH_S = 1.0
+"""A shuffle window looks at the store so often: looking costs time that grows with the store."""
+STOPPED = 3
+"""Exit code of a worker that was asked to stop; calling it again continues."""
+
+
+class Stopped(Exception):  # noqa: N818 -- not an error
+    """Raised between two pieces of work when the worker shall end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What the worker works on."""
+
+    run: RunFolder
+    registry: Registry
+    store: Store
+    sliced: SlicedModel
+    prepared: Prepared
+    stop: threading.Event
+    since: float
+
+    def pause(self) -> None:
+        """Wait a moment for the devices. Raises Stopped."""
+        if self.stop.wait(POLL_S):
+            raise Stopped
+
+    def attendance(self) -> Attendance:
+        patience_s = self.run.config.devices.patience_s
+        devices, totals = self.registry.devices(), self.store.totals()
+        return attendance(devices, totals, time.time(), self.since, patience_s)
+
+    def at_cut(self) -> SampleTable:
+        """What can be trained on."""
+        table = self.store.samples()
+        return table.select(table.depth == self.run.config.model.cut)
+
+
+def work(run: RunFolder, stop: threading.Event) -> None:
+    """Do everything that is left to do. Raises SplitFrozenError, Stopped."""
+    registry, store = Registry(run.root), Store(run.store)
+    sliced = load_sliced(run.config)
+    prepared = prepare(run, sliced)
+    place = Workplace(run, registry, store, sliced, prepared, stop, time.time())
+    if registry.state().state == "preparing":
+        registry.set_state("receiving")
+    train(place)
+    registry.set_state("done")
+
+
+def train(place: Workplace) -> None:
+    """Lift and train until the last epoch is done. Raises SplitFrozenError, Stopped."""
+    run, config, sliced = place.run, place.run.config, place.sliced
+    device = sliced.model.device
+    dtype = resolve(config.model.precision, device)
+    log.info("computing in %s on %s", str(dtype).removeprefix("torch."), device)
+    peft_model = adapters.attach(sliced, config.lora, config.model.cut, config.run.seed)
+    method = SplitFrozen(sliced, peft_model, config.model.cut, config.model.name)
+    evaluate = _evaluator(place, method, peft_model, dtype)
+    if evaluate is not None and not run.events("baseline"):
+        run.report({"event": "baseline", "time": time.time(), **evaluate().metrics})
+    lifter = Lifter(
+        sliced, config.model.cut, micro_tokens=config.train.micro_tokens, device=device, dtype=dtype
+    )
+    run.training.mkdir(exist_ok=True)
+    begin = _streaming if config.run.start == "streaming" else _complete
+    order, samples = begin(place, lifter)
+    job = Job(config.train, config.run.seed, samples, dtype, run.training)
+    place.registry.set_state("training")
+    with _Reporter(run, job.steps) as reporter:
+        hooks = Hooks(reporter, evaluate, place.stop.is_set, place.pause)
+        outcome = fit(method, place.store, order, job, hooks)
+    if outcome.stopped:
+        raise Stopped
+
+
+def _evaluator(
+    place: Workplace, method: SplitFrozen, peft_model: object, dtype: torch.dtype
+) -> Callable[[], Evaluation] | None:
+    config = place.run.config
+    if config.task.eval is None:
+        return None
+    held_out = Store(place.run.evaluation)
+    evaluation.fill(held_out, config.task.eval, place.run, place.prepared, place.sliced)
+    evaluator = Evaluator(
+        method,
+        held_out,
+        config.task.kind,
+        micro_tokens=config.train.micro_tokens,
+        dtype=dtype,
+        device=place.sliced.model.device,
+    )
+    return evaluation.with_answers(
+        evaluator, config.task.eval, place.run, place.prepared, peft_model
+    )
+
+
+def _complete(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
+    """Wait for all announced samples, lifting meanwhile; the order over the roster."""
+    config, path = place.run.config, place.run.training / "roster.json"
+    while (table := read_roster(path, place.at_cut())) is None:
+        seen = place.attendance()
+        _lift(place, lifter, seen)
+        if seen.complete:
+            write_roster(path, place.at_cut())
+        else:
+            place.pause()
+    return FixedOrder(table, config.run.seed, config.train.batch_size), len(table)
+
+
+def _streaming(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
+    """Wait until everybody has announced; the order draws from what is at the cut.
+
+    The number of samples is fixed then, as it sets the learning rate of every step.
+    """
+    config, total = place.run.config, place.run.training / "samples"
+    while not total.exists():
+        seen = place.attendance()
+        if seen.unannounced:
+            place.pause()
+        else:
+            write_atomically(total, str(sum(seen.announced.values())).encode())
+
+    seen_at, seen_last = -REFRESH_S, Arrivals(place.at_cut(), complete=False)
+
+    def arrived() -> Arrivals:
+        nonlocal seen_at, seen_last
+        if time.monotonic() - seen_at > REFRESH_S:
+            seen = place.attendance()
+            _lift(place, lifter, seen)
+            seen_at, seen_last = time.monotonic(), Arrivals(place.at_cut(), seen.complete)
+        return seen_last
+
+    window = ShuffleWindow(place.run.training / "ledger.jsonl", config.run.seed, config.run.window)
+    order = StreamingOrder(window, arrived, config.run.seed, config.train.batch_size)
+    return order, int(total.read_text())
+
+
+def _lift(place: Workplace, lifter: Lifter, seen: Attendance) -> None:
+    """Lift what is whole; when all is in, also what gone devices left behind."""
+
+    def between(_done: int, _total: int) -> None:
+        if place.stop.is_set():
+            raise Stopped
+
+    lifter.advance(place.store, None if seen.complete else seen.announced, between)
+
+
+class _Reporter:
+    """Events go to metrics.jsonl, and to a bar where somebody looks."""
+
+    def __init__(self, run: RunFolder, steps: int) -> None:
+        self._run = run
+        self._bar = tqdm(
+            total=steps, desc="training", unit="step", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self._run.report({**event, "time": time.time()})
+        if event["event"] == "step":
+            self._bar.update(int(event["step"]) + 1 - self._bar.n)
+            self._bar.set_postfix(loss=f"{event['loss']:.3f}")
+        else:
+            values = ", ".join(f"{k} {v:.4g}" for k, v in event.items() if isinstance(v, float))
+            log.info("epoch %s: %s %s", event.get("epoch"), event["event"], values)
+
+
+def main(folder: Path) -> int:
+    """Run the worker as a process; returns its exit code."""
+    run = RunFolder(folder)
+    log_to(run)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with run.lock("worker"):
+            work(run, stop)
+    except Stopped:
+        return STOPPED
+    except SplitFrozenError as error:
+        log.error("%s", error)
+        with contextlib.suppress(SplitFrozenError):
+            Registry(run.root).set_state("failed", str(error))
+        return error.exit_code
+    return 0
+
+
+def _end_with_parent() -> None:
+    """The web process holds our standard input; when it dies, so do we, and nobody competes."""
+    while sys.stdin.read(1):
+        pass
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

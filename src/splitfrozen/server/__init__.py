@@ -1,0 +1,1 @@
+"""The server's side of the network and of the disk; it never imports torch."""
