@@ -81,6 +81,7 @@ def prepared(spec: TaskSpec) -> Prepared:
         fronts=tuple(front(depth) for depth in (2, 1, 3)),
         blocks=6,
         width=WIDTH,
+        vocabulary=50,
         weights_hash="f" * 64,
     )
 
@@ -230,8 +231,6 @@ def test_files_are_served_by_content_and_continue(world: World) -> None:
         assert world.call("GET", path).content == data
         part = world.client.get(path, headers=world.bearer() | {"Range": "bytes=5-"})
         assert (part.status_code, part.content) == (206, data[5:])
-    got = world.call("GET", "/v1/fronts/3")
-    assert msgspec.msgpack.decode(got.content, type=FrontManifest) == front(3)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +239,7 @@ def test_files_are_served_by_content_and_continue(world: World) -> None:
 )
 def test_hostile_names_find_nothing(world: World, name: str) -> None:
     world.enrol()
-    for path in (f"/v1/files/{name}", f"/v1/fronts/{name}"):
-        assert world.call("GET", path).status_code == 404
-    assert refusal(world.call("GET", "/v1/fronts/01"))[0] == 404
+    assert world.call("GET", f"/v1/files/{name}").status_code == 404
     assert refusal(world.call("GET", "/nowhere"))[0] == 404
     assert refusal(world.call("DELETE", "/v1/chunks"))[0] == 405
 
@@ -270,7 +267,7 @@ def test_before_the_run_is_prepared(services: Services) -> None:
     with TestClient(build_app(replace(services, prepared=lambda: None))) as client:
         world = World(services, client)
         world.enrol()
-        for path in ("/v1/run", "/v1/assignment", "/v1/fronts/1", "/v1/files/x"):
+        for path in ("/v1/run", "/v1/assignment", "/v1/files/x"):
             waiting = world.call("GET", path)
             assert refusal(waiting)[:2] == (503, "UnreachableError")
             assert waiting.headers["Retry-After"] == "2"
@@ -288,7 +285,6 @@ POLICY = {
     ("POST", "/v1/announcement"): "device",
     ("POST", "/v1/profile"): "device",
     ("GET", "/v1/assignment"): "device",
-    ("GET", "/v1/fronts/{depth}"): "device",
     ("GET", "/v1/files/{sha256}"): "device",
     ("PUT", "/v1/probe"): "device",
     ("GET", "/v1/chunks"): "device",
@@ -307,7 +303,7 @@ def test_every_route_is_in_the_policy_table(services: Services) -> None:
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
-    assert len(routes) == len(app.routes) == 12
+    assert len(routes) == len(app.routes) == 11
     assert routes == set(POLICY)
     assert {(one.method, one.path): one.policy for one in ENDPOINTS} == POLICY
 
@@ -402,7 +398,13 @@ def test_numbers_out_of_range_are_refused(world: World, bad: EncodedSample, word
 
 @pytest.mark.parametrize(
     ("targets", "words"),
-    [([1, -1, 2], "wrong target: got -1"), ([1, 2], None), ([5], "3 of them"), ([5, -100, 9], "")],
+    [
+        ([1, -1, 2], "wrong target: got -1"),
+        ([1, 50, 2], "wrong target: got 50"),
+        ([1, 2], None),
+        ([5], "3 of them"),
+        ([5, -100, 9], ""),
+    ],
 )
 def test_targets_of_a_language_model(tmp_path: Path, targets: list[int], words: str | None) -> None:
     services = make_world(tmp_path / "run-1", task("causal_lm"))

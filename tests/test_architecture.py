@@ -17,6 +17,7 @@ ROOT = Path(splitfrozen.__file__).parent
 RANKS = {
     "errors": 0,
     "rng": 1,
+    "logs": 1,
     "records": 1,
     "config": 2,
     "wire": 3,

@@ -298,7 +298,13 @@ def prepared() -> Prepared:
     )
     task = TaskSpec(kind="classification", columns={}, labels=("a", "b"), max_tokens=16)
     return Prepared(
-        task=task, tokenizer=None, fronts=fronts, blocks=6, width=8, weights_hash="0" * 64
+        task=task,
+        tokenizer=None,
+        fronts=fronts,
+        blocks=6,
+        width=8,
+        vocabulary=9,
+        weights_hash="0" * 64,
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitfrozen import __version__
+from splitfrozen import __version__, logs
 from splitfrozen.errors import RequestError, SplitFrozenError
 from splitfrozen.records import Outcome
 
@@ -156,13 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, verbose = arguments.pop("json"), arguments.pop("verbose")
     name = arguments.pop("command")
     command = next(command for command in COMMANDS if command.name == name)
-    logging.basicConfig(
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=logging.DEBUG if verbose else logging.INFO,
-    )
-    for chatty in ("httpx2", "httpcore2"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logs.start(logging.DEBUG if verbose else logging.INFO)
     try:
         outcome = resolve(command)(**arguments)
         text = dump(outcome.data) if as_json else outcome.text

@@ -143,7 +143,7 @@ class ServerSpec(Spec, frozen=True):
     """`host`: address to listen on. `port`: 0 picks a free one. `name`: the address that devices
     are told, by default this machine's name (or `host` where that is an address)."""
 
-    host: str = "0.0.0.0"
+    host: str = "0.0.0.0"  # noqa: S104 -- it is there for other machines
     port: Annotated[int, Meta(ge=0, le=65535)] = 8443
     name: str | None = None
 

@@ -234,6 +234,7 @@ class Prepared(Message, frozen=True):
         fronts: one manifest for each depth that may be assigned; the shallowest is the probe's.
         blocks: L.
         width: D.
+        vocabulary: V; 0 for images.
         weights_hash: over the base model's weights.
     """
 
@@ -242,6 +243,7 @@ class Prepared(Message, frozen=True):
     fronts: tuple[FrontManifest, ...]
     blocks: Positive
     width: Positive
+    vocabulary: Count
     weights_hash: Sha256
 
 

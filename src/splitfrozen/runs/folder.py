@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import math
 import os
 from collections.abc import Iterator
@@ -218,13 +217,3 @@ def _differences(old: Config, new: Config) -> list[str]:
         for key in before[section]
         if before[section][key] != after[section][key] and (section, key) != ("run", "folder")
     ]
-
-
-def log_to(run: RunFolder) -> None:
-    """Send this process's log to stderr and to run.log."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(run.root / "run.log")],
-        force=True,
-    )

@@ -69,6 +69,7 @@ def prepare(run: RunFolder, sliced: SlicedModel) -> Prepared:
         fronts=fronts,
         blocks=sliced.block_count,
         width=sliced.width,
+        vocabulary=0 if tokenizer is None else sliced.model.config.get_text_config().vocab_size,
         weights_hash=sliced.weights_hash(),
     )
     run.write_prepared(prepared)

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import uvicorn
 
-from splitfrozen import config
+from splitfrozen import config, logs
 from splitfrozen.config import Config
 from splitfrozen.errors import ConfigError, SplitFrozenError
 from splitfrozen.planning.depth import Forecast, forecast
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import summary
-from splitfrozen.runs.folder import Address, RunFolder, log_to, write_atomically
+from splitfrozen.runs.folder import Address, RunFolder, write_atomically
 from splitfrozen.server.app import Services, build_app
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.auth import identity
@@ -58,7 +58,7 @@ def serve(source: Path) -> Outcome:
         SplitFrozenError: the run failed.
     """
     run = RunFolder(source) if source.is_dir() else RunFolder.create(config.load(source))
-    log_to(run)
+    logs.also_to(run.root / "run.log")
     with run.lock("serve"):
         return _Server(run).run()
 

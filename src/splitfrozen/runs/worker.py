@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 
+from splitfrozen import logs
 from splitfrozen.errors import SplitFrozenError
 from splitfrozen.methods.splitfrozen import SplitFrozen
 from splitfrozen.model import adapters
@@ -30,7 +32,7 @@ from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import Prepared, SampleTable
 from splitfrozen.runs import evaluation
 from splitfrozen.runs.attendance import Attendance, attendance, read_roster, write_roster
-from splitfrozen.runs.folder import RunFolder, log_to, write_atomically
+from splitfrozen.runs.folder import RunFolder, write_atomically
 from splitfrozen.runs.prepare import load_sliced, prepare
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
@@ -219,7 +221,9 @@ class _Reporter:
 def main(folder: Path) -> int:
     """Run the worker as a process; returns its exit code."""
     run = RunFolder(folder)
-    log_to(run)
+    logs.start()
+    logs.also_to(run.root / "run.log")
+    transformers.utils.logging.disable_progress_bar()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

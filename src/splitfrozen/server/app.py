@@ -201,13 +201,6 @@ def assignment(services: Services, call: Call) -> Response:
     return reply(Assignment(depth=front.depth, front=front))
 
 
-def front(services: Services, call: Call) -> Response:
-    for manifest in _prepared(services).fronts:
-        if str(manifest.depth) == call.parameters["depth"]:
-            return reply(manifest)
-    raise missing("a front of that depth")
-
-
 def file(services: Services, call: Call) -> Response:
     """No part of the request reaches the disk: it is looked up among the prepared files."""
     prepared = _prepared(services)
@@ -254,7 +247,6 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/announcement", "device", announcement, "message"),
     Endpoint("POST", "/v1/profile", "device", profile, "message"),
     Endpoint("GET", "/v1/assignment", "device", assignment),
-    Endpoint("GET", "/v1/fronts/{depth}", "device", front),
     Endpoint("GET", "/v1/files/{sha256}", "device", file),
     Endpoint("PUT", "/v1/probe", "device", probe, "probe"),
     Endpoint("GET", "/v1/chunks", "device", chunks),

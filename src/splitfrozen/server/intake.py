@@ -17,7 +17,6 @@ from splitfrozen.records import (
     FrontManifest,
     Prepared,
     Receipt,
-    TaskSpec,
 )
 from splitfrozen.server.registry import DeviceRow, Registry
 from splitfrozen.server.store import Store
@@ -66,7 +65,7 @@ class Intake:
             )
         try:
             header, samples = self._check(row, sha256, frame, front)
-            _check_samples(samples, row.announcement.samples, prepared.task)
+            _check_samples(samples, row.announcement.samples, prepared)
             receipt = self._store.add(header, sha256, samples)
         except (WireError, RefusedError):
             self._registry.strike(device)
@@ -100,7 +99,8 @@ class Intake:
         return header, samples
 
 
-def _check_samples(samples: Sequence[EncodedSample], announced: int, task: TaskSpec) -> None:
+def _check_samples(samples: Sequence[EncodedSample], announced: int, prepared: Prepared) -> None:
+    task = prepared.task
     limit = task.image_tokens if task.kind == "image" else task.max_tokens
     for sample in samples:
         name = f"sample {sample.sample}"
@@ -109,17 +109,20 @@ def _check_samples(samples: Sequence[EncodedSample], announced: int, task: TaskS
         if sample.tokens > limit:
             raise _bad(f"{name} is too long", f"{sample.tokens} tokens", f"at most {limit}")
         if task.kind == "causal_lm":
-            _check_next_tokens(name, sample)
+            _check_next_tokens(name, sample, prepared.vocabulary)
         else:
             _check_label(name, sample, len(task.labels))
 
 
-def _check_next_tokens(name: str, sample: EncodedSample) -> None:
+def _check_next_tokens(name: str, sample: EncodedSample, vocabulary: int) -> None:
     if len(sample.targets) != sample.tokens:
         raise _bad(f"{name} has wrong targets", len(sample.targets), f"{sample.tokens} of them")
-    wrong = sample.targets[(sample.targets < 0) & (sample.targets != IGNORED)]
+    tokens = sample.targets[sample.targets != IGNORED]
+    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
     if len(wrong):
-        raise _bad(f"{name} has a wrong target", wrong[0], f"token ids, or {IGNORED}")
+        raise _bad(
+            f"{name} has a wrong target", wrong[0], f"0..{vocabulary - 1}, or {IGNORED} for none"
+        )
 
 
 def _check_label(name: str, sample: EncodedSample, classes: int) -> None:
