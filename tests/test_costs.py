@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,8 +28,6 @@ def test_flops_are_those_of_the_maps(tiny: Callable[..., Any], id_: str) -> None
 
 
 def test_flops_are_what_torch_counts_for_one_token() -> None:
-    import torch
-
     maps = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 7))
     with FlopCounterMode(display=False) as counter:
         maps(torch.zeros(1, 32))
