@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Spinning threads starve each other where cores are shared (docs/log.md).
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check bench clean
 
