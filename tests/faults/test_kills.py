@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 def write_run(folder: Path, start: str) -> tuple[Path, list[Path]]:
     """A small run of the demo's task: three devices, two epochs, small chunks."""
     run_toml = write_files(folder, seed=3, depths=(1, 2, 3), train_rows=ROWS, eval_rows=50)
-    text = run_toml.read_text().replace("epochs = 4", "epochs = 2\ncheckpoint_steps = 7")
+    text = run_toml.read_text().replace("epochs = 3", "epochs = 2\ncheckpoint_steps = 7")
     text = text.replace("[run]", f'[run]\nstart = "{start}"\nwindow = 64')
     run_toml.write_text(text + '\n[wire]\ncodec = "float32"\nchunk_bytes = 65536\n')
     return run_toml, sorted((folder / "data").glob("device-*.csv"))

@@ -4,7 +4,7 @@
     .jsonl .ndjson .json      one JSON object a line
     .npz                      one array a column, row i at index i of each
     folder, folder#split      written by `datasets`' save_to_disk
-    owner/name#split          a dataset of the Hugging Face hub
+    owner/name:config#split   a dataset of the Hugging Face hub, config and split where it has them
 
 A file that cannot be used is a DataError. A row that cannot be used is reported with its file and
 line and left out; to stop at the first one, raise in `report`. Text is UTF-8, with or without a
@@ -34,7 +34,7 @@ _LOOKED_AT = 20
 
 _ARRAY = "a JSON array, not an object"
 _FORMATS = "a .csv, .tsv, .jsonl, .ndjson, .json or .npz file, a `datasets` folder or owner/name"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,8 @@ def _load_dataset(name: str, split: str | None) -> Any:
         if Path(name).is_dir():
             loaded = datasets.load_from_disk(name)
         else:
-            loaded = datasets.load_dataset(name)
+            hub, _, config = name.partition(":")
+            loaded = datasets.load_dataset(hub, config or None)
     except Exception as error:  # Reading others' data and reaching the hub fail in many ways.
         got = (str(error).splitlines() or [type(error).__name__])[0]
         raise _unusable(

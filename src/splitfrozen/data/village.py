@@ -6,11 +6,15 @@ Notable:
   claim that is true and the claim that is false are drawn from the same words.
 - A **story** is a report and what somebody then did about it. A model that predicts stories well
   has to find out what is the matter. Stories are the pretraining text of the packaged model.
-- A **task row** is a report alone, labelled with what has to be done. No story contains the name
-  of a label. A report belongs to the task or to the stories by its hash, so the two never meet.
+- A **task row** is a report and a closing scene, labelled with what has to be done. In stories a
+  scene only ever comes first: after a closing one, the last token no longer holds what the model
+  found out, and a new head on the frozen model gets less far than adapters that fetch it.
+- No story contains the name of a label. A report belongs to the task or to the stories by its
+  hash, so the two never meet.
 
-For example "Ada doubted that the kettle was cracked, but she was wrong, while the hose was never
-muddy." asks for `repair`, and a story goes on with "So Hugo mended the kettle."
+For example, "Ada doubted that the kettle was cracked, but she was wrong, while the hose was never
+muddy." asks for `repair`. A story goes on with "Hugo mended the kettle.", a task row closes with
+"The saw was silent."
 """
 
 from __future__ import annotations
@@ -57,44 +61,45 @@ _TIMES = (
     *("After lunch", "In spring", "In autumn", "Last night"),
 )
 
-# States and deeds, by label.
+# By label. Half of the deeds begin with a word that only they have, so that whoever predicts the
+# first word after a report has to know what is the matter by then.
 _STATES = (
     ("cracked", "bent", "torn", "broken", "split", "loose", "twisted", "dented"),
-    ("dry", "empty", "bare", "drained", "spent", "hollow", "low", "used up"),
+    ("dry", "empty", "bare", "drained", "spent", "hollow", "low", "exhausted"),
     ("dusty", "muddy", "greasy", "sooty", "clogged", "sticky", "grimy", "stained"),
 )
 _DEEDS = (
     (
         "{p} mended the {n}",
         "{p} patched the {n}",
-        "{p} welded the {n}",
-        "{p} fetched a hammer for the {n}",
         "{p} ordered a new {n}",
-        "the smith took the {n}",
+        "mending the {n} took an hour",
+        "hammer and nails went to the {n}",
+        "glue was put on the {n}",
     ),
     (
         "{p} filled the {n}",
         "{p} topped up the {n}",
-        "{p} carried water to the {n}",
-        "{p} poured oil into the {n}",
-        "{p} went to the well for the {n}",
-        "the carter brought a new load for the {n}",
+        "{p} brought a new load for the {n}",
+        "filling the {n} took an hour",
+        "water was carried to the {n}",
+        "oil was poured into the {n}",
     ),
     (
         "{p} washed the {n}",
         "{p} scrubbed the {n}",
-        "{p} wiped the {n}",
-        "{p} held a brush and soap to the {n}",
-        "{p} rinsed the {n}",
-        "the maid took a rag to the {n}",
+        "{p} held a brush to the {n}",
+        "washing the {n} took an hour",
+        "soap and rags went to the {n}",
+        "hot steam was blown on the {n}",
     ),
     (
-        "{p} went home",
         "{p} left the {n} alone",
         "{p} had no work with the {n}",
         "{p} put the {n} back",
-        "{p} sat down and rested",
-        "the smith was sent home",
+        "no hand was laid on the {n}",
+        "everybody left the {n} alone",
+        "home they went from the {n}",
     ),
 )
 
@@ -144,29 +149,23 @@ _NEITHER = (
 )
 _DRAWN = {"p": _PEOPLE, "m": _TOOLS, "l": _PLACES, "t": _TIMES}
 _JOINTS = (". ", "; ", ", while ", ", and ")
-_OPENINGS = (
+_SCENES = (
     "{t} the {m} stood still.",
     "{t} {p} looked at the {m}.",
     "The {m} was silent.",
     "{p} came from the {m}.",
     "{t} there was trouble with the {m}.",
 )
-_ASIDES = (
-    "It was a cold evening.",
-    "{p} was not there.",
-    "The bells of the {l} rang.",
-    "{p} told it at the {l}.",
-    "Rain fell on the {l}.",
-)
 _ENDINGS = (
-    "Soon the {m} ran again.",
-    "{p} was grateful.",
+    "Soon the {n} was in use again.",
     "After that the {n} was as good as new.",
-    "{p} wrote it down.",
+    "{p} looked at the {n} and was glad.",
+    "The bells of the {l} rang.",
 )
 _LONGEST = 32
 """Words and marks of the longest report."""
-_LONGEST_OPENING = 9
+_LONGEST_SCENE = 9
+_LONGEST_ROW = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +175,12 @@ class Report:
     Attributes:
         text: at most 32 words and marks.
         label: index in LABELS of what has to be done.
-        named: the words that what follows may name again: {"n": part} and perhaps {"m": tool}.
+        part: what it is about.
     """
 
     text: str
     label: int
-    named: dict[str, str]
+    part: str
 
     @property
     def reserved(self) -> bool:
@@ -190,7 +189,7 @@ class Report:
 
 
 def sentences(seed: int, count: int) -> Iterator[str]:
-    """Yield `count` stories of two to five sentences, about 32 words and marks each."""
+    """Yield `count` stories of three to five sentences, about 37 words and marks each."""
     draw = stream(seed, "village", "stories")
     while count > 0:
         text = story(draw)
@@ -202,15 +201,17 @@ def sentences(seed: int, count: int) -> Iterator[str]:
 def task_rows(seed: int, count: int) -> list[dict[str, str]]:
     """Return `count` different reports as rows {"text", "label"}, the labels equally likely.
 
-    Draw once and slice for training and evaluation: no text occurs twice in one call.
+    A row is a report and a closing scene: at most 30 words and marks, or 32 tokens of the packaged
+    tokenizer. Draw once and slice for training and evaluation: no report occurs twice in one call.
     """
     draw = stream(seed, "village", "task")
-    rows: dict[str, str] = {}
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
         report = _report(draw)
-        if report.reserved:
-            rows[report.text] = LABELS[report.label]
-    return [{"text": text, "label": label} for text, label in rows.items()]
+        if report.reserved and _length(report.text) + _LONGEST_SCENE <= _LONGEST_ROW:
+            text = f"{report.text} {_fill(draw, _one(draw, _SCENES))}"
+            rows.setdefault(report.text, {"text": text, "label": LABELS[report.label]})
+    return list(rows.values())
 
 
 def story(draw: np.random.Generator) -> str | None:
@@ -222,25 +223,19 @@ def story(draw: np.random.Generator) -> str | None:
     report = _report(draw)
     if report.reserved:
         return None
-    parts = [report.text]
-    if draw.integers(3) == 0:
-        parts.append(_fill(draw, _one(draw, _ASIDES)))
-    deed = _fill(draw, _one(draw, _DEEDS[report.label]), **report.named)
-    parts.append(f"So {deed}." if draw.integers(2) else f"{_capital(deed)}.")
-    if draw.integers(2):
-        parts.append(_fill(draw, _one(draw, _ENDINGS), **report.named))
-    return " ".join(parts)
+    deed = _capital(_fill(draw, _one(draw, _DEEDS[report.label]), n=report.part))
+    ending = _fill(draw, _one(draw, _ENDINGS), n=report.part)
+    return f"{report.text} {deed}. {ending}"
 
 
 def _report(draw: np.random.Generator) -> Report:
     label = int(draw.integers(len(LABELS)))
     part = _one(draw, _PARTS)
     body = f"{_capital(_claims(draw, label, part))}."
-    if _length(body) + _LONGEST_OPENING > _LONGEST or draw.integers(2):
-        return Report(body, label, {"n": part})
-    tool = _one(draw, _TOOLS)
-    opening = _fill(draw, _one(draw, _OPENINGS), m=tool)
-    return Report(f"{opening} {body}", label, {"n": part, "m": tool})
+    if _length(body) + _LONGEST_SCENE > _LONGEST or draw.integers(2):
+        return Report(body, label, part)
+    scene = _fill(draw, _one(draw, _SCENES))
+    return Report(f"{scene} {body}", label, part)
 
 
 def _claims(draw: np.random.Generator, label: int, part: str) -> str:
@@ -271,7 +266,7 @@ def _join(draw: np.random.Generator, claim: str, other: str) -> str:
 def _fill(draw: np.random.Generator, template: str, **named: str) -> str:
     """Put the named words into the template and draw what else it asks for."""
     for key, options in _DRAWN.items():
-        if f"{{{key}}}" in template and key not in named:
+        if f"{{{key}}}" in template:
             named[key] = _one(draw, options)
     named["he"] = "she" if named.get("p") in _WOMEN else "he"
     return template.format(**named)

@@ -24,8 +24,8 @@ from splitfrozen.runs.local import run_locally
 
 DEPTHS = (1, 1, 1, 3, 3, 3, 3, 3, 3, 3)
 ALPHA = 0.1
-TRAIN_ROWS = 1500
-EVAL_ROWS = 500
+TRAIN_ROWS = 1200
+EVAL_ROWS = 400
 
 CONFIG = """\
 [model]
@@ -46,7 +46,7 @@ depth = {depths}
 rank = 8
 
 [train]
-epochs = 4
+epochs = 3
 batch_size = 32
 lr = 2e-3
 

@@ -21,25 +21,28 @@ from splitfrozen.errors import SplitFrozenError
 log = logging.getLogger("splitfrozen.local")
 
 
-def run_locally(run_toml: Path, data: Sequence[Path], folder: Path) -> dict[str, Any]:
+def run_locally(
+    run_toml: Path, data: Sequence[Path], folder: Path, device_python: str = sys.executable
+) -> dict[str, Any]:
     """Serve `run_toml`, join with one device for each file of `data`, return `serve`'s summary.
 
     Args:
         run_toml: a run whose folder is `folder / "run"`.
         data: one file a device, in the order of the device numbers.
         folder: gets `serve.json`, `device-NN.log` and the devices' state folders.
+        device_python: interpreter of the devices, which may have the base install only.
 
     Raises SplitFrozenError where the server or a device fails.
     """
     with ExitStack() as stack:
         output = stack.enter_context((folder / "serve.json").open("w"))
         server = stack.enter_context(
-            process(["serve", str(run_toml), "--json"], stdout=output, stderr=None)
+            process([sys.executable, "serve", str(run_toml), "--json"], output, None)
         )
         joins = _wait_for_joins(folder / "run" / "join.txt", server)
         log.info("starting %d device processes", len(data))
         devices = [
-            stack.enter_context(_device(folder, number, join, source))
+            stack.enter_context(_device(device_python, folder, number, join, source))
             for number, (join, source) in enumerate(zip(joins, data, strict=True))
         ]
         _wait(server, devices, folder)
@@ -53,25 +56,25 @@ def join_arguments(join: str, data: Path, state: Path) -> list[str]:
 
 
 @contextmanager
-def _device(folder: Path, number: int, join: str, data: Path) -> Iterator[subprocess.Popen[str]]:
+def _device(
+    python: str, folder: Path, number: int, join: str, data: Path
+) -> Iterator[subprocess.Popen[str]]:
+    arguments = join_arguments(join, data, folder / "devices" / f"{number:02}")
     with (
         (folder / f"device-{number:02}.log").open("w") as output,
-        process(
-            join_arguments(join, data, folder / "devices" / f"{number:02}"),
-            stdout=output,
-            stderr=output,
-        ) as child,
+        process([python, *arguments], output, output) as child,
     ):
         yield child
 
 
 @contextmanager
 def process(
-    arguments: list[str], stdout: IO[str], stderr: IO[str] | None
+    command: Sequence[str], stdout: IO[str], stderr: IO[str] | None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A splitfrozen command as a child; ended with the block, whatever happens."""
+    """A splitfrozen command, interpreter first; ended with the block, whatever happens."""
+    python, *arguments = command
     child = subprocess.Popen(
-        [sys.executable, "-m", "splitfrozen", *arguments], stdout=stdout, stderr=stderr, text=True
+        [python, "-m", "splitfrozen", *arguments], stdout=stdout, stderr=stderr, text=True
     )
     try:
         yield child
@@ -119,5 +122,5 @@ def _wait(
             "the server of the demo failed",
             got=f"exit code {server.returncode}",
             allowed="exit code 0",
-            remedy=f"see {folder / 'run' / 'serve.log'}",
+            remedy=f"see {folder / 'run' / 'run.log'}",
         )

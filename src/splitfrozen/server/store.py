@@ -408,5 +408,5 @@ def _damaged(key: SampleKey, got: str) -> StoreError:
         f"sample {key.sample} of {key.device} cannot be read",
         got=got,
         allowed="every stored sample whole",
-        remedy=f"check the disk; `splitfrozen purge --device {key.device}` lets the run go on",
+        remedy=f"check the disk; `splitfrozen purge RUN --device {key.device}` lets the run go on",
     )
