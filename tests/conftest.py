@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,39 @@ def tiny() -> Callable[..., Any]:
         return FAMILIES[id_].build(seed, **changes)
 
     return build
+
+
+WORDS = tuple("0123456789abcdefgh")
+"""Words that the tokenizer of `save_model` knows."""
+
+
+@pytest.fixture(scope="session")
+def save_model(tiny: Callable[..., Any]) -> Callable[..., Path]:
+    """`save_model(folder, "bert-classification")` writes that model with a tokenizer beside it.
+
+    The tokenizer knows WORDS; as with the family's own, BERT's puts special tokens around and
+    between texts and the others' put none.
+    """
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def save(folder: Path, id_: str, seed: int = 0, **changes: Any) -> Path:
+        tiny(id_, seed, **changes).save_pretrained(folder)
+        if id_.startswith("vit"):
+            return folder
+        special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>"}
+        special["eos_token"] = "</s>"
+        vocabulary = {word: i for i, word in enumerate([*special.values(), *WORDS])}
+        own = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        own.pre_tokenizer = pre_tokenizers.Whitespace()
+        if id_.startswith("bert"):
+            own.post_processor = processors.TemplateProcessing(
+                single="<s> $A </s>",
+                pair="<s> $A </s> $B:1 </s>:1",
+                special_tokens=[("<s>", 2), ("</s>", 3)],
+            )
+        PreTrainedTokenizerFast(tokenizer_object=own, **special).save_pretrained(folder)
+        return folder
+
+    return save

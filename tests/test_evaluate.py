@@ -104,7 +104,9 @@ def greedy(model: Any, prompt: np.ndarray, new: int, end: int | None) -> list[in
 @pytest.mark.parametrize("micro_tokens", [1, 30, 1000])
 def test_generation_in_batches_is_that_of_each_prompt(model: Any, micro_tokens: int) -> None:
     alone = [greedy(model, prompt, 8, None) for prompt in PROMPTS]
-    together = generate(model, PROMPTS, max_new_tokens=8, end=None, micro_tokens=micro_tokens)
+    together = generate(
+        model, PROMPTS, max_new_tokens=8, end=None, longest=64, micro_tokens=micro_tokens
+    )
     assert together == alone
     assert [len(reply) for reply in together] == [8] * 4
 
@@ -112,14 +114,25 @@ def test_generation_in_batches_is_that_of_each_prompt(model: Any, micro_tokens: 
 def test_generation_ends_at_the_end_token(model: Any) -> None:
     end = greedy(model, PROMPTS[1], 8, None)[3]
     expected = [greedy(model, prompt, 8, end) for prompt in PROMPTS]
-    replies = generate(model, PROMPTS, max_new_tokens=8, end=end, micro_tokens=1000)
+    replies = generate(model, PROMPTS, max_new_tokens=8, end=end, longest=64, micro_tokens=1000)
     assert replies == expected
     assert len(replies[1]) < 8
     assert not any(end in reply for reply in replies)
 
 
+def test_generation_ends_where_the_positions_do(model: Any) -> None:
+    lengths = [min(8, max(0, 9 - len(prompt))) for prompt in PROMPTS]
+    expected = [greedy(model, prompt, n, None) for prompt, n in zip(PROMPTS, lengths, strict=True)]
+    replies = generate(model, PROMPTS, max_new_tokens=8, end=None, longest=9, micro_tokens=1000)
+    assert replies == expected
+    too_long = [np.arange(9, dtype=np.int32)]
+    assert generate(model, too_long, max_new_tokens=8, end=None, longest=9, micro_tokens=1000) == [
+        []
+    ]
+
+
 def test_no_prompts_give_no_replies(model: Any) -> None:
-    assert generate(model, [], max_new_tokens=8, end=None, micro_tokens=1000) == []
+    assert generate(model, [], max_new_tokens=8, end=None, longest=9, micro_tokens=9) == []
 
 
 def test_exact_match_compares_the_first_answer_with_the_references() -> None:

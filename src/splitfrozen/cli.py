@@ -18,10 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from splitfrozen import __version__, logs
-from splitfrozen.errors import RequestError, SplitFrozenError
+from splitfrozen.errors import ConfigError, RequestError, SplitFrozenError
 from splitfrozen.records import Outcome
+
+log = logging.getLogger("splitfrozen.cli")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ COMMANDS = (
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="splitfrozen",
         description="Fine-tune language models on data that stays on many unequal devices.",
     )
@@ -152,12 +155,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    arguments = vars(parser().parse_args(argv))
-    as_json, verbose = arguments.pop("json"), arguments.pop("verbose")
-    name = arguments.pop("command")
-    command = next(command for command in COMMANDS if command.name == name)
-    logs.start(logging.DEBUG if verbose else logging.INFO)
+    as_json = "--json" in (sys.argv if argv is None else argv)
     try:
+        arguments = vars(parser().parse_args(argv))
+        as_json, verbose = arguments.pop("json"), arguments.pop("verbose")
+        name = arguments.pop("command")
+        command = next(command for command in COMMANDS if command.name == name)
+        logs.start(logging.DEBUG if verbose else logging.INFO)
         outcome = resolve(command)(**arguments)
         text = dump(outcome.data) if as_json else outcome.text
         print(text, flush=True)
@@ -171,6 +175,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        log.debug("the system refused", exc_info=True)
+        return _report(_from_system(error), as_json)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is an error like any other, with `--json` too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            "the command line is wrong",
+            got=message,
+            allowed=" ".join(self.format_usage().removeprefix("usage: ").split()),
+            remedy=f"see: {self.prog} --help",
+        )
 
 
 def resolve(command: Command) -> Callable[..., Outcome]:
@@ -204,8 +223,19 @@ def _finite(value: object) -> object:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
+def _from_system(error: OSError) -> SplitFrozenError:
+    where = f"{error.filename}: " if error.filename else ""
+    return SplitFrozenError(
+        "the system refused",
+        got=f"{where}{error.strerror or error}",
+        allowed="files, folders and addresses that this user may use",
+        remedy="check them; --verbose shows where it happened",
+    )
+
+
 def _report(error: SplitFrozenError, as_json: bool) -> int:
     if as_json:
-        print(dump({"error": type(error).__name__, "message": str(error)}), flush=True)
+        kind = next(k.__name__ for k in type(error).__mro__ if not k.__name__.startswith("_"))
+        print(dump({"error": kind, "message": str(error)}), flush=True)
     print(f"splitfrozen: {error}", file=sys.stderr)
     return error.exit_code

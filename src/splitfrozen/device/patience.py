@@ -22,6 +22,9 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 20.0
 """With a connect timeout of 10 s, a device is at work again half a minute after its server is."""
 
+REMIND_S = 60.0
+"""The same trouble is logged so often."""
+
 LONGEST_ASKED_S = 60.0
 """A Retry-After beyond this is cut, so that nobody can put a device to sleep for good."""
 
@@ -66,6 +69,7 @@ class Patience:
         Raises UnreachableError, naming `what` and the last reason, when patience ends.
         """
         since, tries = self._clock(), 0
+        told, told_at = "", since
         while True:
             try:
                 return attempt()
@@ -80,7 +84,10 @@ class Patience:
                         allowed="an answer",
                         remedy="check server and network, then run the same command: it continues",
                     ) from again
-                _log.warning("%s: %s; trying again in %.1f s", what, again.reason, wait_s)
+                # A server that prepares for minutes is asked every other second.
+                if again.reason != told or self._clock() - told_at > REMIND_S:
+                    told, told_at = again.reason, self._clock()
+                    _log.warning("%s: %s; trying again", what, again.reason)
                 tries += 1
             self._sleep(wait_s)
 

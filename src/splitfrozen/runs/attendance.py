@@ -25,11 +25,13 @@ class Attendance:
     announced: device -> samples that it will have sent in the end.
     unannounced: devices that have not said what they will send.
     missing: devices that have announced more than is stored.
+    stored: samples in the store.
     """
 
     announced: dict[str, int]
     unannounced: tuple[str, ...]
     missing: tuple[str, ...]
+    stored: int
 
     @property
     def complete(self) -> bool:
@@ -68,7 +70,8 @@ def attendance(
             announced[device.id] = device.announcement.samples
             if stored < device.announcement.samples:
                 missing.append(device.id)
-    return Attendance(announced, tuple(unannounced), tuple(missing))
+    stored = sum(total.samples for total in totals.values())
+    return Attendance(announced, tuple(unannounced), tuple(missing), stored)
 
 
 def write_roster(path: Path, table: SampleTable) -> None:
@@ -76,6 +79,8 @@ def write_roster(path: Path, table: SampleTable) -> None:
     roster = {}
     for number, device in enumerate(table.devices):
         ids = table.sample[table.device == number]
+        if len(ids) == 0:
+            continue
         breaks = np.flatnonzero(np.diff(ids) != 1)
         firsts = ids[np.concatenate([[0], breaks + 1])]
         lasts = ids[np.concatenate([breaks, [len(ids) - 1]])]
@@ -83,10 +88,8 @@ def write_roster(path: Path, table: SampleTable) -> None:
     write_atomically(path, msgspec.json.encode(roster))
 
 
-def read_roster(path: Path, table: SampleTable) -> SampleTable | None:
-    """Rows of `table` that are on the roster; None where there is no roster yet."""
-    if not path.exists():
-        return None
+def read_roster(path: Path, table: SampleTable) -> SampleTable:
+    """Rows of `table` that are on the roster."""
     roster = msgspec.json.decode(path.read_bytes(), type=dict[str, list[tuple[int, int]]])
     chosen = np.zeros(len(table), bool)
     for number, device in enumerate(table.devices):

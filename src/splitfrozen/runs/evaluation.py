@@ -83,6 +83,7 @@ def with_answers(
     run: RunFolder,
     prepared: Prepared,
     model: object,
+    longest: int,
 ) -> Callable[[], Evaluation]:
     """Add the exact match of generated answers, where the task asks for it."""
     task = run.config.task
@@ -100,6 +101,7 @@ def with_answers(
             prompts,
             max_new_tokens=NEW_TOKENS,
             end=prepared.task.end,
+            longest=longest,
             micro_tokens=run.config.train.micro_tokens,
         )
         texts = [tokenizer.decode(reply) for reply in replies]

@@ -3,10 +3,11 @@
 config.json      the run as it was started       registry.sqlite  devices and the run's state
 prepared.json    fronts, task, hashes            store/           activations of the devices
 address.json     host and port devices use       evaluation/      activations of the eval data
-join.txt         join strings not yet used       checkpoint/      to resume training
-tls/             certificate and key             adapter/         best/ and last/, PEFT folders
-files/           fronts and tokenizer, as served metrics.jsonl    one event a line
-forecast.json    seconds and bytes expected      serve.log, worker.log
+join.txt         join strings not yet used       training/        checkpoint, best/ and last/
+tls/             certificate and key             metrics.jsonl    one event a line
+files/           fronts and tokenizer, as served curves.png       the same, drawn
+tokenizer/       the tokenizer, as exported      run.log          of all processes
+forecast.json    seconds and bytes expected      *.lock           who is at work
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import fcntl
 import json
 import math
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -48,34 +51,47 @@ class RunFolder:
         """Open a run. Raises StoreError where there is none."""
         self.root = root
         if not (root / "config.json").is_file():
-            raise StoreError(
-                f"{root} is not a run folder",
-                got="no config.json in it",
-                allowed="a folder made by `splitfrozen serve`",
-                remedy="name the run's folder, or start it with its TOML file",
-            )
-        self.config: Config = config.undump((root / "config.json").read_bytes())
+            raise _no_run(root, "no config.json in it")
+        try:
+            self.config: Config = config.undump((root / "config.json").read_bytes())
+        except (msgspec.DecodeError, ConfigError) as error:
+            # Models have a file of that name too.
+            raise _no_run(root, "another config.json in it") from error
 
     @classmethod
     def create(cls, wanted: Config) -> RunFolder:
         """Make the folder, or open it where it exists already with the same config.
 
-        Raises ConfigError that names the keys which differ; [server] may.
+        [server] may differ. Before anything is prepared the rest may too, so that who misspelt a
+        model starts the same run again; but not the number of join strings that were given out.
+
+        Raises ConfigError that names the keys which differ.
         """
         root = wanted.folder
         if not (root / "config.json").exists():
-            root.mkdir(parents=True, exist_ok=True)
-            root.chmod(0o700)
-            write_atomically(root / "config.json", config.dump(wanted))
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                root.chmod(0o700)
+                write_atomically(root / "config.json", config.dump(wanted))
+            except OSError as error:
+                raise ConfigError(
+                    "`run.folder` cannot be made",
+                    got=f"{root}: {error.strerror}",
+                    allowed="a folder that this user may make and write",
+                    remedy="choose another run.folder",
+                ) from error
         folder = cls(root)
         changed = _differences(folder.config, wanted)
-        if changed:
+        if "devices.count" in changed or (changed and folder.prepared() is not None):
             raise ConfigError(
                 f"{root} holds a run that was started otherwise",
                 got=f"another {', '.join(changed)}",
                 allowed="the same config ([server] may change)",
                 remedy="undo the change, or give the new run its own run.folder",
             )
+        if folder.config != wanted and folder.holder("serve") is None:
+            write_atomically(root / "config.json", config.dump(wanted))
+            folder.config = wanted
         return folder
 
     @property
@@ -103,6 +119,12 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether training has begun, that is, whether its samples are fixed."""
         return any((self.training / name).exists() for name in ("roster.json", "samples"))
+
+    def forget_training(self) -> None:
+        """Delete what was trained and measured, so that the run trains anew."""
+        shutil.rmtree(self.training)
+        for name in ("metrics.jsonl", "curves.png"):
+            (self.root / name).unlink(missing_ok=True)
 
     def address(self) -> Address | None:
         """Where it was served last; None before it was."""
@@ -141,39 +163,43 @@ class RunFolder:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in event.items()
         }
-        with (self.root / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        with (self.root / "metrics.jsonl").open("ab+") as file:
+            # A line that a crash cut short must not swallow this one.
+            before = "\n" if _torn(file) else ""
+            file.write(f"{before}{json.dumps(clean, allow_nan=False)}\n".encode())
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of one kind, oldest first; a line that a crash cut short is left out."""
         path = self.root / "metrics.jsonl"
         found = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 event = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             if event.get("event") == kind:
                 found.append(event)
         return found
 
     @contextmanager
-    def lock(self, role: str) -> Iterator[None]:
+    def lock(self, role: str, patience_s: float = 0.5) -> Iterator[None]:
         """Hold the run for one process of this role; the file carries its process id.
 
-        Raises StoreError where another process holds it. The kernel drops the lock with the
-        process, so a killed one leaves nothing behind.
+        Raises StoreError where another process holds it for longer than `patience_s`; `holder`
+        does for a moment. The kernel drops the lock with the process, so a killed one leaves
+        nothing behind.
         """
+        end = time.monotonic() + patience_s
         with (self.root / f"{role}.lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise StoreError(
-                    f"{self.root} is in use",
-                    got=f"a `{role}` process with id {self.holder(role)}",
-                    allowed="one at a time",
-                    remedy=f"run: splitfrozen stop {self.root}",
-                ) from None
+            while not _flock(file, fcntl.LOCK_EX):
+                if time.monotonic() > end:
+                    raise StoreError(
+                        f"{self.root} is in use",
+                        got=f"a `{role}` process with id {self.holder(role)}",
+                        allowed="one at a time",
+                        remedy=f"run: splitfrozen stop {self.root}",
+                    )
+                time.sleep(0.02)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -186,11 +212,35 @@ class RunFolder:
         if not path.exists():
             return None
         with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return int(file.read() or 0) or None
-            return None
+            # Shared, so that two who ask do not take each other for a holder.
+            free = _flock(file, fcntl.LOCK_SH)
+            return None if free else int(file.read() or 0) or None
+
+
+def _flock(file: IO[str], kind: int) -> bool:
+    """Lock a file until it is closed; False where another process has it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _torn(file: IO[bytes]) -> bool:
+    """Whether the last line lacks its end."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def _no_run(root: Path, got: str) -> StoreError:
+    return StoreError(
+        f"{root} is not a run folder",
+        got=got,
+        allowed="a folder made by `splitfrozen serve`",
+        remedy="name the run's folder, or start it with its TOML file",
+    )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

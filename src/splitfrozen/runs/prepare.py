@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
 from typing import Any
 
 import tokenizers
 import torch
+import transformers
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from splitfrozen.config import Config, TaskConfig
-from splitfrozen.data.readers import BadRow, read_rows
-from splitfrozen.data.tasks import build_samples
 from splitfrozen.errors import ConfigError, ModelError
 from splitfrozen.model.blocks import SlicedModel, load_model
 from splitfrozen.model.export import export_front
-from splitfrozen.records import FileRef, Prepared, Sample, TaskSpec
+from splitfrozen.records import FileRef, Prepared, TaskSpec
 from splitfrozen.runs.folder import RunFolder
 
 COLUMNS = {
@@ -30,7 +28,10 @@ COLUMNS = {
 
 
 def load_sliced(config: Config) -> SlicedModel:
-    """Load the run's model, on the GPU where there is one. Raises ModelError, ConfigError."""
+    """Load the run's model, on the CPU. Raises ModelError, ConfigError."""
+    # What a checkpoint lacks is checked by load_model; bars of libraries tell nobody anything.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model = load_model(config.model.name, config.task.kind, config.task.labels, config.run.seed)
     sliced = SlicedModel(model)
     if config.model.cut >= sliced.block_count:
@@ -41,9 +42,14 @@ def load_sliced(config: Config) -> SlicedModel:
             f"{sliced.block_count} blocks",
             remedy="lower model.cut",
         )
-    if torch.cuda.is_available():
-        model.to("cuda")
     return sliced
+
+
+def to_fastest(sliced: SlicedModel) -> torch.device:
+    """Move the model to the GPU where there is one; returns where it is. Exports come before."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sliced.model.to(device)
+    return device
 
 
 def prepare(run: RunFolder, sliced: SlicedModel) -> Prepared:
@@ -91,15 +97,14 @@ def task_spec(config: Config, sliced: SlicedModel, tokenizer: FileRef | None) ->
     columns = {ours: task.columns.get(ours, ours) for ours in names}
     if tokenizer is None:
         return _image_spec(task, columns, config.model.name, sliced)
-    limit = getattr(sliced.model.config, "max_position_embeddings", None)
-    if limit is not None and task.max_tokens > limit:
+    if task.max_tokens > sliced.longest:
         raise ConfigError(
             "`task.max_tokens` is more than the model has positions for",
             got=task.max_tokens,
-            allowed=f"1..{limit}",
+            allowed=f"1..{sliced.longest}",
             remedy="lower task.max_tokens",
         )
-    special = AutoTokenizer.from_pretrained(config.model.name)
+    special = _load_tokenizer(config.model.name)
     # BERT's tokenizer marks the texts of a pair itself; where none does, as GPT-2's, the end token
     # divides them.
     unmarked = len(special("a", "a")["input_ids"]) == 2 * len(
@@ -118,14 +123,6 @@ def task_spec(config: Config, sliced: SlicedModel, tokenizer: FileRef | None) ->
     )
 
 
-def read_samples(
-    source: str, task: TaskSpec, tokenizer: tokenizers.Tokenizer | None, bad: list[BadRow]
-) -> Iterable[Sample]:
-    """Samples of a file on this side, bad rows appended to `bad`."""
-    rows = read_rows(source, task.columns, report=bad.append)
-    return build_samples(rows, task, tokenizer, report=bad.append)
-
-
 def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer | None:
     """The tokenizer that devices use; None for images."""
     if prepared.tokenizer is None:
@@ -133,10 +130,12 @@ def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer |
     return tokenizers.Tokenizer.from_file(str(run.files / prepared.tokenizer.name))
 
 
-def _serve_tokenizer(name: str, run: RunFolder) -> FileRef:
-    folder = run.root / "tokenizer"
+def _load_tokenizer(name: str) -> Any:
     try:
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Where the files are missing, transformers may make a tokenizer that knows no words.
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("a vocabulary without words")
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"no tokenizer in {name}",
@@ -144,6 +143,12 @@ def _serve_tokenizer(name: str, run: RunFolder) -> FileRef:
             allowed="a model folder or hub name with a tokenizer",
             remedy="save the tokenizer beside the model",
         ) from error
+    return tokenizer
+
+
+def _serve_tokenizer(name: str, run: RunFolder) -> FileRef:
+    folder = run.root / "tokenizer"
+    _load_tokenizer(name).save_pretrained(folder)
     source = folder / "tokenizer.json"
     if not source.is_file():
         raise ModelError(

@@ -11,6 +11,7 @@ import dataclasses
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -41,9 +42,13 @@ log = logging.getLogger("splitfrozen.serve")
 RESTARTS = 5
 """How often a worker that was killed is started again before the run counts as failed."""
 POLL_S = 0.2
+INTERRUPTED = 1
+"""Exit code of a run that was stopped before it was done."""
 GRACE_S = 10.0
 """How long a finished run waits for devices' last reports, and a stopped one for its worker."""
 STATUS_S = 10.0
+SHOWN_JOINS = 20
+"""More of them are in join.txt only."""
 
 
 def serve(source: Path) -> Outcome:
@@ -73,12 +78,14 @@ class _Server:
         self._prepared: Prepared | None = None
         self._stopping = threading.Event()
         self._failure: SplitFrozenError | None = None
+        self._told, self._told_at = "", time.monotonic()
 
     def run(self) -> Outcome:
         run, registry = self._run, self._registry
         if registry.state().state == "done":
             log.info("the run was done already")
             return summary.outcome(run, registry, self._store)
+        log.info("serving %s", run.root)
         registry.ensure_slots(run.config.devices.count)
         if registry.state().state in ("failed", "stopped"):
             registry.set_state("preparing" if self._load_prepared() is None else "receiving")
@@ -123,10 +130,14 @@ class _Server:
         if self._failure is not None:
             registry.set_state("failed", str(self._failure))
             raise self._failure
-        if registry.state().state != "done":
-            registry.set_state("stopped")
-            log.info("stopped; the same command continues")
-        return summary.outcome(self._run, registry, self._store)
+        if registry.state().state == "done":
+            return summary.outcome(self._run, registry, self._store)
+        registry.set_state("stopped")
+        log.info("stopped; the same command continues")
+        # Not 0: what a script does next with the adapter has to wait.
+        return dataclasses.replace(
+            summary.outcome(self._run, registry, self._store), exit_code=INTERRUPTED
+        )
 
     # --- the worker --------------------------------------------------------------------------
 
@@ -163,14 +174,16 @@ class _Server:
             [sys.executable, "-m", "splitfrozen.runs.worker", str(self._run.root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            # Ctrl-C is for us; we tell the worker when it is its turn.
+            process_group=0,
+            # Threads that spin at barriers starve each other where cores are shared, as with us:
+            # a training step then takes eight times as long (docs/log.md, 2026-11-20).
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
-        told = time.monotonic()
         try:
             while worker.poll() is None and not self._stopping.wait(POLL_S):
                 self._forecast()
-                if time.monotonic() - told > STATUS_S:
-                    told = time.monotonic()
-                    log.info("%s", summary.line(self._registry, self._store))
+                self._tell_progress()
             if worker.poll() is None:
                 worker.terminate()
             return worker.wait(GRACE_S)
@@ -180,6 +193,15 @@ class _Server:
         finally:
             assert worker.stdin is not None
             worker.stdin.close()
+
+    def _tell_progress(self) -> None:
+        """One line now and then, where it is another than before."""
+        if time.monotonic() - self._told_at < STATUS_S:
+            return
+        self._told_at, line = time.monotonic(), summary.line(self._run, self._registry, self._store)
+        if line != self._told:
+            self._told = line
+            log.info("%s", line)
 
     def _await_reports(self) -> None:
         """Devices that have just had their last receipt are about to report."""
@@ -218,10 +240,14 @@ class _Server:
         joins = [address.join(token) for token in tokens]
         path = run.root / "join.txt"
         write_atomically(path, "".join(join + "\n" for join in joins).encode())
-        log.info("listening on %s port %d; run folder %s", address.host, address.port, run.root)
+        log.info("listening on %s port %d", address.host, address.port)
         if joins:
-            commands = "\n".join(f"  splitfrozen join {join} --data FILE" for join in joins)
-            log.info("on each device, one of these (also in %s):\n%s", path, commands)
+            log.info("join strings, one for each device, are in %s", path)
+            # Not logged: they are secrets, and logs are passed on.
+            shown = [f"  splitfrozen join {join} --data FILE\n" for join in joins[:SHOWN_JOINS]]
+            more = f"  ... and {len(joins) - SHOWN_JOINS} more\n" if joins[SHOWN_JOINS:] else ""
+            sys.stderr.write(f"\non each device, one of these:\n\n{''.join(shown)}{more}\n")
+            sys.stderr.flush()
 
     # --- small things ------------------------------------------------------------------------
 
@@ -266,9 +292,9 @@ def forecast_table(expected: Sequence[Forecast]) -> str:
 
 @contextmanager
 def _listening(run: RunFolder) -> Iterator[socket.socket]:
-    """A bound socket. The port of the first start is kept, as devices were told it."""
+    """A bound socket. A port that was free is kept from start to start: devices were told it."""
     server, before = run.config.server, run.address()
-    port = server.port if before is None else before.port
+    port = server.port or (0 if before is None else before.port)
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import signal
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from splitfrozen.errors import RequestError, SplitFrozenError
@@ -22,14 +23,17 @@ STOP_S = 60.0
 def status(run: Path) -> Outcome:
     """What a run is doing. It asks nobody: all is in the folder."""
     folder = RunFolder(run)
-    registry = Registry(folder.root)
-    data = summary.summarize(folder, registry, Store(folder.store))
+    with _opened(folder) as (registry, store):
+        data = summary.summarize(folder, registry, store)
+        progress = summary.line(folder, registry, store)
     served = folder.holder("serve") is not None
     if not served and data["state"] not in ("done", "failed"):
         data["state"] = "stopped"
     text = summary.text(data)
     if served:
-        text += f"\n{summary.line(registry, Store(folder.store))}"
+        text += f"\n{progress}"
+    elif data["state"] == "stopped":
+        text += f"; `splitfrozen serve {run}` continues"
     return Outcome({**data, "served": served}, text)
 
 
@@ -49,7 +53,8 @@ def stop(run: Path) -> Outcome:
     serving = folder.holder("serve")
     if serving is None:
         return Outcome({"stopped": False}, f"nobody serves {run}")
-    os.kill(serving, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(serving, signal.SIGTERM)
     end = time.monotonic() + STOP_S
     while folder.holder("serve") is not None:
         if time.monotonic() > end:
@@ -74,9 +79,17 @@ def invite(run: Path, count: int) -> Outcome:
             allowed="--count 1 or more, for a run that was served",
             remedy=f"run: splitfrozen serve {run}",
         )
-    registry = Registry(folder.root)
-    made = registry.add_slots(count)
-    tokens = registry.tokens()
+    if folder.begun:
+        # The samples are fixed by now, and a streaming run would wait for it for ever.
+        raise RequestError(
+            "no device can be invited",
+            got="a run whose training has begun",
+            allowed="a run that still gathers samples",
+            remedy="start a new run with more devices",
+        )
+    with contextlib.closing(Registry(folder.root)) as registry:
+        made = registry.add_slots(count)
+        tokens = registry.tokens()
     joins = [address.join(tokens[device]) for device in made]
     return Outcome({"devices": made, "joins": joins}, "\n".join(joins))
 
@@ -84,25 +97,41 @@ def invite(run: Path, count: int) -> Outcome:
 def purge(run: Path, device: str) -> Outcome:
     """Delete all that a device sent, and what was trained on it.
 
-    Raises RequestError while the run is being trained, StoreError for an unknown device.
+    Raises RequestError while the run is being trained, and for an unknown device.
     """
     folder = RunFolder(run)
-    registry = Registry(folder.root)
-    registry.device(device)
-    if folder.begun and folder.holder("serve") is not None:
-        raise RequestError(
-            f"{run} is being trained",
-            got=f"a purge of {device}",
-            allowed="a run that is stopped, or has not begun to train",
-            remedy=f"run: splitfrozen stop {run}; purge; then serve it again: it trains anew",
-        )
-    registry.revoke(device)
-    Store(folder.store).purge(device)
-    anew = folder.begun
-    if anew:
-        shutil.rmtree(folder.training)
-        registry.set_state("receiving")
+    with _opened(folder) as (registry, store):
+        known = [row.id for row in registry.devices()]
+        if device not in known:
+            raise RequestError(
+                f"{run} has no such device",
+                got=repr(device),
+                allowed=f"{known[0]} .. {known[-1]}" if known else "none: it was never served",
+                remedy=f"run: splitfrozen status {run}",
+            )
+        if folder.begun and folder.holder("serve") is not None:
+            raise RequestError(
+                f"{run} is being trained",
+                got=f"a purge of {device}",
+                allowed="a run that is stopped, or has not begun to train",
+                remedy=f"run: splitfrozen stop {run}; purge; then serve it again: it trains anew",
+            )
+        registry.revoke(device)
+        store.purge(device)
+        anew = folder.begun
+        if anew:
+            folder.forget_training()
+            registry.set_state("receiving")
     text = f"{device} is purged"
     if anew:
         text += f", and so is what was trained; `splitfrozen serve {run}` trains without it"
     return Outcome({"device": device, "trained_anew": anew}, text)
+
+
+@contextlib.contextmanager
+def _opened(folder: RunFolder) -> Iterator[tuple[Registry, Store]]:
+    with (
+        contextlib.closing(Registry(folder.root)) as registry,
+        contextlib.closing(Store(folder.store)) as store,
+    ):
+        yield registry, store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def summarize(run: RunFolder, registry: Registry, store: Store) -> dict[str, Any
         "before": _metrics(before),
         "after": _metrics(best),
         "epochs": len({event["epoch"] for event in evaluations}),
-        "steps": max((int(event["step"]) + 1 for event in run.events("step")), default=0),
+        "steps": _steps(run),
         "adapter": _adapter(run),
         "devices": [
             _device(row, totals.get(row.id, NOTHING), expected.get(row.id, {}))
@@ -56,18 +57,23 @@ def text(data: dict[str, Any]) -> str:
     rows = [
         (
             device["id"],
-            device["name"] or "-",
+            _printable(device["name"] or "-"),
             _or_dash(device["depth"]),
             _or_dash(device["announced"]),
             str(device["samples"]),
             f"{device['bytes_up'] / 1e6:.2f}",
             _or_dash(device["seconds"], ".1f"),
             _or_dash(device["forecast_seconds"], ".1f"),
-            device["failure"] or ("purged" if device["revoked"] else ""),
+            "purged" if device["revoked"] else "failed" if device["failure"] else "",
         )
         for device in data["devices"]
     ]
     lines = [table(header, rows), ""]
+    lines += [
+        f"{device['id']} failed: {_printable(device['failure'])}"
+        for device in data["devices"]
+        if device["failure"] and not device["revoked"]
+    ]
     for when in ("before", "after"):
         values = ", ".join(f"{name} {value:.4f}" for name, value in data[when].items())
         lines += [f"{when:<7} {values}"] if values else []
@@ -77,13 +83,15 @@ def text(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def line(registry: Registry, store: Store) -> str:
+def line(run: RunFolder, registry: Registry, store: Store) -> str:
     """How far the run is, in one line."""
+    state = registry.state().state
+    if state == "training" and (began := run.events("training")):
+        return f"training: step {_steps(run)} of {began[-1]['steps']}"
     rows, totals = registry.devices(), store.totals()
     announced = sum(row.announcement.samples for row in rows if row.announcement is not None)
     stored = sum(total.samples for total in totals.values())
     joined = sum(row.enrolled_at is not None for row in rows)
-    state = registry.state().state
     return (
         f"{state}: {joined} of {len(rows)} devices joined, {stored} of {announced} samples stored"
     )
@@ -112,32 +120,41 @@ def plot(run: RunFolder) -> Path:
     from matplotlib.figure import Figure
 
     # A resumed run reports some steps twice; the last one counts.
-    steps = {int(event["step"]) + 1: float(event["loss"] or "nan") for event in run.events("step")}
+    steps = {int(event["step"]): _number(event["loss"]) for event in run.events("step")}
     evaluations = [{**event, "step": 0} for event in run.events("baseline")]
     evaluations += run.events("evaluation")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimiser step", ylabel="training loss", title=run.name)
+    axes = figure.add_subplot(xlabel="optimiser step", title=run.name)
+    axes.set_ylabel("training loss", color="tab:blue")
+    axes.grid(alpha=0.25)
     xs = sorted(steps)
-    axes.plot(xs, [steps[x] for x in xs], color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(xs, [steps[x] for x in xs], color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.plot(xs, _smooth([steps[x] for x in xs]), color="tab:blue", label="training loss")
+    axes.set_ylim(bottom=0)
     name = "accuracy" if evaluations and "accuracy" in evaluations[0] else "perplexity"
     points = {
         int(event["step"]): event[name] for event in evaluations if event.get(name) is not None
     }
     if points:
         right = axes.twinx()
-        right.set_ylabel(name)
-        right.plot(*zip(*sorted(points.items()), strict=True), "o-", color="tab:orange", label=name)
+        right.set_ylabel(name, color="tab:orange")
+        at, values = zip(*sorted(points.items()), strict=True)
+        right.plot(at, values, "o-", markersize=4, color="tab:orange", label=f"evaluation {name}")
         if name == "accuracy":
-            right.set_ylim(0, 1)
+            right.set_ylim(0, 1.02)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     path = run.root / "curves.png"
     figure.savefig(path, dpi=120)
     return path
 
 
-def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a thirtieth of all values, corrected for its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 30)
     smooth, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
@@ -167,6 +184,10 @@ def _device(row: DeviceRow, stored: Totals, expected: dict[str, Any]) -> dict[st
     }
 
 
+def _steps(run: RunFolder) -> int:
+    return max((int(event["step"]) for event in run.events("step")), default=0)
+
+
 def _forecasts(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
@@ -189,6 +210,11 @@ def _adapter(run: RunFolder) -> str | None:
         if (run.training / name / "adapter_config.json").is_file():
             return str(run.training / name)
     return None
+
+
+def _printable(text: str) -> str:
+    """What a device says may hold control characters, which a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _or_dash(value: float | None, form: str = "") -> str:

@@ -12,7 +12,7 @@ from splitfrozen.model import adapters
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import evaluation
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.prepare import load_sliced, open_tokenizer
+from splitfrozen.runs.prepare import load_sliced, open_tokenizer, to_fastest
 from splitfrozen.server.store import Store
 from splitfrozen.training.evaluate import Evaluator
 from splitfrozen.training.evaluate import generate as continue_prompts
@@ -33,7 +33,7 @@ def evaluate(run: Path, data: str | None, adapter: str) -> Outcome:
         )
     which = folder.adapter(adapter)
     sliced = load_sliced(config)
-    device = sliced.model.device
+    device = to_fastest(sliced)
     with tempfile.TemporaryDirectory() as scratch:
         store = Store(Path(scratch))
         evaluation.fill(store, source, folder, prepared, sliced)
@@ -47,7 +47,9 @@ def evaluate(run: Path, data: str | None, adapter: str) -> Outcome:
             dtype=resolve(config.model.precision, device),
             device=device,
         )
-        found = evaluation.with_answers(measure, source, folder, prepared, peft_model)()
+        found = evaluation.with_answers(
+            measure, source, folder, prepared, peft_model, sliced.longest
+        )()
         samples = len(store.samples())
         store.close()
     text = "\n".join(f"{name:<12} {value:.4f}" for name, value in found.metrics.items())
@@ -71,12 +73,14 @@ def generate(run: Path, prompt: str, max_new_tokens: int, adapter: str) -> Outco
     tokenizer = open_tokenizer(folder, prepared)
     assert tokenizer is not None
     sliced = load_sliced(folder.config)
+    to_fastest(sliced)
     peft_model = adapters.open_adapter(sliced.model, which)
     [reply] = continue_prompts(
         peft_model,
         [encode_prompt(prompt, prepared.task, tokenizer)],
         max_new_tokens=max_new_tokens,
         end=prepared.task.end,
+        longest=sliced.longest,
         micro_tokens=1,
     )
     completion = tokenizer.decode(reply)

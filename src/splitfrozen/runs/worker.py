@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from splitfrozen import logs
+from splitfrozen.data.readers import read_rows
 from splitfrozen.errors import SplitFrozenError
 from splitfrozen.methods.splitfrozen import SplitFrozen
 from splitfrozen.model import adapters
@@ -33,7 +34,7 @@ from splitfrozen.records import Prepared, SampleTable
 from splitfrozen.runs import evaluation
 from splitfrozen.runs.attendance import Attendance, attendance, read_roster, write_roster
 from splitfrozen.runs.folder import RunFolder, write_atomically
-from splitfrozen.runs.prepare import load_sliced, prepare
+from splitfrozen.runs.prepare import load_sliced, prepare, to_fastest
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 from splitfrozen.training.batching import Arrivals, FixedOrder, Order, ShuffleWindow, StreamingOrder
@@ -47,6 +48,8 @@ log = logging.getLogger("splitfrozen.worker")
 POLL_S = 0.25
 REFRESH_S = 1.0
 """A shuffle window looks at the store so often: looking costs time that grows with the store."""
+PREDECESSOR_S = 30.0
+"""How long a killed server's worker may take to end before ours gives up."""
 STOPPED = 3
 """Exit code of a worker that was asked to stop; calling it again continues."""
 
@@ -86,8 +89,14 @@ class Workplace:
 def work(run: RunFolder, stop: threading.Event) -> None:
     """Do everything that is left to do. Raises SplitFrozenError, Stopped."""
     registry, store = Registry(run.root), Store(run.store)
+    if run.config.task.eval is not None:
+        # A misspelt path is told now, not after the fronts are made.
+        read_rows(run.config.task.eval, {}, report=lambda _: None)
     sliced = load_sliced(run.config)
     prepared = prepare(run, sliced)
+    # Until here a signal ends us at once: files are written whole or not at all.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     place = Workplace(run, registry, store, sliced, prepared, stop, time.time())
     if registry.state().state == "preparing":
         registry.set_state("receiving")
@@ -98,14 +107,16 @@ def work(run: RunFolder, stop: threading.Event) -> None:
 def train(place: Workplace) -> None:
     """Lift and train until the last epoch is done. Raises SplitFrozenError, Stopped."""
     run, config, sliced = place.run, place.run.config, place.sliced
-    device = sliced.model.device
+    device = to_fastest(sliced)
     dtype = resolve(config.model.precision, device)
     log.info("computing in %s on %s", str(dtype).removeprefix("torch."), device)
     peft_model = adapters.attach(sliced, config.lora, config.model.cut, config.run.seed)
     method = SplitFrozen(sliced, peft_model, config.model.cut, config.model.name)
     evaluate = _evaluator(place, method, peft_model, dtype)
     if evaluate is not None and not run.events("baseline"):
-        run.report({"event": "baseline", "time": time.time(), **evaluate().metrics})
+        before = evaluate().metrics
+        run.report({"event": "baseline", "time": time.time(), **before})
+        log.info("before training: %s", _shown(before))
     lifter = Lifter(
         sliced, config.model.cut, micro_tokens=config.train.micro_tokens, device=device, dtype=dtype
     )
@@ -114,7 +125,8 @@ def train(place: Workplace) -> None:
     order, samples = begin(place, lifter)
     job = Job(config.train, config.run.seed, samples, dtype, run.training)
     place.registry.set_state("training")
-    with _Reporter(run, job.steps) as reporter:
+    run.report({"event": "training", "steps": job.steps, "samples": samples, "time": time.time()})
+    with _Reporter(run, job) as reporter:
         hooks = Hooks(reporter, evaluate, place.stop.is_set, place.pause)
         outcome = fit(method, place.store, order, job, hooks)
     if outcome.stopped:
@@ -138,20 +150,20 @@ def _evaluator(
         device=place.sliced.model.device,
     )
     return evaluation.with_answers(
-        evaluator, config.task.eval, place.run, place.prepared, peft_model
+        evaluator, config.task.eval, place.run, place.prepared, peft_model, place.sliced.longest
     )
 
 
 def _complete(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
     """Wait for all announced samples, lifting meanwhile; the order over the roster."""
     config, path = place.run.config, place.run.training / "roster.json"
-    while (table := read_roster(path, place.at_cut())) is None:
-        seen = place.attendance()
-        _lift(place, lifter, seen)
-        if seen.complete:
+    lifting = _Lifting(place, lifter)
+    while not path.exists():
+        if lifting.look().complete:
             write_roster(path, place.at_cut())
         else:
             place.pause()
+    table = read_roster(path, place.at_cut())
     return FixedOrder(table, config.run.seed, config.train.batch_size), len(table)
 
 
@@ -167,39 +179,57 @@ def _streaming(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
             place.pause()
         else:
             write_atomically(total, str(sum(seen.announced.values())).encode())
-
-    seen_at, seen_last = -REFRESH_S, Arrivals(place.at_cut(), complete=False)
-
-    def arrived() -> Arrivals:
-        nonlocal seen_at, seen_last
-        if time.monotonic() - seen_at > REFRESH_S:
-            seen = place.attendance()
-            _lift(place, lifter, seen)
-            seen_at, seen_last = time.monotonic(), Arrivals(place.at_cut(), seen.complete)
-        return seen_last
-
     window = ShuffleWindow(place.run.training / "ledger.jsonl", config.run.seed, config.run.window)
-    order = StreamingOrder(window, arrived, config.run.seed, config.train.batch_size)
+    arrivals = _Lifting(place, lifter).arrivals
+    order = StreamingOrder(window, arrivals, config.run.seed, config.train.batch_size)
     return order, int(total.read_text())
 
 
-def _lift(place: Workplace, lifter: Lifter, seen: Attendance) -> None:
-    """Lift what is whole; when all is in, also what gone devices left behind."""
+class _Lifting:
+    """Lifts what has arrived. Looking costs time that grows with the store, so it is rationed."""
 
-    def between(_done: int, _total: int) -> None:
-        if place.stop.is_set():
+    def __init__(self, place: Workplace, lifter: Lifter) -> None:
+        self._place = place
+        self._lifter = lifter
+        self._seen: Attendance | None = None
+        self._arrivals = Arrivals(place.at_cut(), complete=False)
+        self._arrivals_at = -math.inf
+
+    def look(self) -> Attendance:
+        """Who is there now. What came since the last look is lifted; raises Stopped."""
+        seen = self._place.attendance()
+        if seen != self._seen:
+            # When all is in, blocks that gone devices left incomplete are lifted too.
+            announced = None if seen.complete else seen.announced
+            self._lifter.advance(self._place.store, announced, self._stop_between)
+            self._seen = seen
+        return seen
+
+    def arrivals(self) -> Arrivals:
+        """What can be drawn, at most REFRESH_S old."""
+        if time.monotonic() - self._arrivals_at > REFRESH_S:
+            complete = self.look().complete
+            self._arrivals = Arrivals(self._place.at_cut(), complete)
+            self._arrivals_at = time.monotonic()
+        return self._arrivals
+
+    def _stop_between(self, _done: int, _total: int) -> None:
+        if self._place.stop.is_set():
             raise Stopped
-
-    lifter.advance(place.store, None if seen.complete else seen.announced, between)
 
 
 class _Reporter:
     """Events go to metrics.jsonl, and to a bar where somebody looks."""
 
-    def __init__(self, run: RunFolder, steps: int) -> None:
+    def __init__(self, run: RunFolder, job: Job) -> None:
         self._run = run
+        self._epochs = job.spec.epochs
         self._bar = tqdm(
-            total=steps, desc="training", unit="step", disable=not sys.stderr.isatty(), leave=False
+            total=job.steps,
+            desc="training",
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            leave=False,
         )
 
     def __enter__(self) -> _Reporter:
@@ -211,11 +241,23 @@ class _Reporter:
     def __call__(self, event: dict[str, Any]) -> None:
         self._run.report({**event, "time": time.time()})
         if event["event"] == "step":
-            self._bar.update(int(event["step"]) + 1 - self._bar.n)
-            self._bar.set_postfix(loss=f"{event['loss']:.3f}")
+            self._bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
+            self._bar.update(int(event["step"]) - self._bar.n)
         else:
-            values = ", ".join(f"{k} {v:.4g}" for k, v in event.items() if isinstance(v, float))
-            log.info("epoch %s: %s %s", event.get("epoch"), event["event"], values)
+            if event["event"] == "resumed":
+                # Steps of before count for how far it is, not for the rate.
+                self._bar.initial = self._bar.n = self._bar.last_print_n = int(event["step"])
+            epoch = f"epoch {event['epoch'] + 1} of {self._epochs}, " if "epoch" in event else ""
+            with self._bar.external_write_mode(file=sys.stderr):
+                log.info("%sstep %d: %s %s", epoch, event["step"], event["event"], _shown(event))
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in values.items()
+        if isinstance(value, int | float) and name not in ("step", "epoch")
+    )
 
 
 def main(folder: Path) -> int:
@@ -223,13 +265,10 @@ def main(folder: Path) -> int:
     run = RunFolder(folder)
     logs.start()
     logs.also_to(run.root / "run.log")
-    transformers.utils.logging.disable_progress_bar()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        with run.lock("worker"):
+        with run.lock("worker", patience_s=PREDECESSOR_S):
             work(run, stop)
     except Stopped:
         return STOPPED
@@ -238,6 +277,9 @@ def main(folder: Path) -> int:
         with contextlib.suppress(SplitFrozenError):
             Registry(run.root).set_state("failed", str(error))
         return error.exit_code
+    except Exception:
+        log.exception("the worker failed")
+        return 1
     return 0
 
 

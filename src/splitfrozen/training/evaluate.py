@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -140,6 +140,7 @@ def generate(
     *,
     max_new_tokens: int,
     end: int | None,
+    longest: int,
     micro_tokens: int,
 ) -> list[list[int]]:
     """Continue prompts greedily with the model's own `generate`.
@@ -149,6 +150,7 @@ def generate(
         prompts: int32 [T] token ids each, T >= 1.
         max_new_tokens: where a continuation is cut.
         end: token that ends a continuation; None where the model has none.
+        longest: positions of the model; prompt and continuation take no more.
         micro_tokens: bound on the padded tokens, old and new, that are generated together.
 
     Returns:
@@ -156,7 +158,8 @@ def generate(
     """
     model.eval()
     replies: list[list[int]] = [[] for _ in prompts]
-    for group in split([len(prompt) + max_new_tokens for prompt in prompts], micro_tokens):
+    rooms = [min(max_new_tokens, longest - len(prompt)) for prompt in prompts]
+    for room, group in _groups(prompts, rooms, micro_tokens):
         wide = max(len(prompts[i]) for i in group)
         # On the left, so that every prompt ends where its continuation begins. What is put there
         # is masked, so any token will do.
@@ -169,7 +172,7 @@ def generate(
             output = model.generate(
                 input_ids=torch.from_numpy(padded).to(model.device),
                 attention_mask=torch.from_numpy(mask).to(model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=end or 0,
@@ -178,6 +181,16 @@ def generate(
         for i, ids in zip(group, output[:, wide:].tolist(), strict=True):
             replies[i] = ids[: ids.index(end)] if end in ids else ids
     return replies
+
+
+def _groups(
+    prompts: Sequence[Ints], rooms: Sequence[int], micro_tokens: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Prompts that are continued together, by as many tokens; none where there is no room."""
+    for room in sorted({room for room in rooms if room > 0}):
+        members = [i for i, own in enumerate(rooms) if own == room]
+        for group in split([len(prompts[i]) + room for i in members], micro_tokens):
+            yield room, [members[i] for i in group]
 
 
 def exact_match(texts: Sequence[str], references: Sequence[str], pattern: str) -> float:
