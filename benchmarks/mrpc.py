@@ -21,8 +21,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from splitfrozen.data.partition import dirichlet, iid
+from splitfrozen.records import Ints
 from splitfrozen.runs.local import run_locally
 
 ROOT = Path(__file__).resolve().parent
@@ -94,10 +96,10 @@ def main() -> None:
 def run_once(
     folder: Path,
     rows: list[dict[str, object]],
-    parts: list[list[int]],
+    parts: list[Ints],
     arguments: argparse.Namespace,
-) -> dict[str, object]:
-    """One network run over a partition; returns the server's summary."""
+) -> dict[str, Any]:
+    """One network run over a partition; returns what the server says of it, and the curve."""
     sources = []
     for number, part in enumerate(parts):
         sources.append(folder / f"device-{number:02}.jsonl")
@@ -112,7 +114,16 @@ def run_once(
             seed=arguments.seed,
         )
     )
-    return run_locally(run_toml, sources, folder)
+    summary = run_locally(run_toml, sources, folder)
+    events = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    return {
+        "accuracy_before": summary["accuracy_before"],
+        "accuracy_after": summary["accuracy_after"],
+        "f1_after": summary["after"]["f1"],
+        "devices": summary["devices"],
+        "evaluations": [event for event in events if event["event"] in ("baseline", "evaluation")],
+        "losses": [round(event["loss"], 4) for event in events if event["event"] == "step"],
+    }
 
 
 def environment() -> dict[str, object]:

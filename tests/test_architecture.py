@@ -34,7 +34,16 @@ RANKS = {
     "__main__": 8,
 }
 LIGHT = ["splitfrozen.device", "splitfrozen.cli"]
-HEAVY = ["torch", "transformers", "peft", "starlette", "uvicorn", "cryptography", "onnx", "datasets"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "peft",
+    "starlette",
+    "uvicorn",
+    "cryptography",
+    "onnx",
+    "datasets",
+]
 
 
 def modules() -> list[Path]:
