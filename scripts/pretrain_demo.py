@@ -83,10 +83,9 @@ def train_tokenizer(stories: Iterator[str]) -> Tokenizer:
 
 def rows(tokenizer: Tokenizer, stories: Iterator[str]) -> Iterator[list[int]]:
     """Yield rows of at most POSITIONS tokens: whole stories, each ended by EOS."""
-    eos = tokenizer.token_to_id(EOS)
     row: list[int] = []
     for text in stories:
-        ids = [*tokenizer.encode(text).ids, eos]
+        ids = tokenizer.encode(text + EOS).ids
         if len(row) + len(ids) > POSITIONS:
             yield row
             row = []
@@ -96,8 +95,7 @@ def rows(tokenizer: Tokenizer, stories: Iterator[str]) -> Iterator[list[int]]:
 
 def pairs(tokenizer: Tokenizer, stories: list[str]) -> Iterator[list[int]]:
     """Yield rows of two stories, each story second in one row."""
-    eos = tokenizer.token_to_id(EOS)
-    spelt = [[*tokenizer.encode(text).ids, eos] for text in stories]
+    spelt = [tokenizer.encode(text + EOS).ids for text in stories]
     for i, ids in enumerate(spelt):
         yield spelt[i - 1] + ids
 
@@ -158,7 +156,7 @@ def pretrain(model: GPT2LMHeadModel, source: Iterator[list[int]], steps: int) ->
     for step, (inputs, targets) in enumerate(islice(batches(source, 16), steps), start=1):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, inputs, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
