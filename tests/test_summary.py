@@ -80,7 +80,17 @@ def test_a_new_run_has_nothing_to_show(run: RunFolder, registry: Registry, store
     assert (data["adapter"], data["accuracy_after"], data["before"]) == (None, None, {})
     assert [device["id"] for device in data["devices"]] == ["device-00", "device-01", "device-02"]
     shown = summary.text(data)
-    assert lines(shown)["device-00"].split() == ["device-00", "-", "-", "-", "0", "0.00", "-", "-"]
+    assert lines(shown)["device-00"].split() == [
+        "device-00",
+        "-",
+        "-",
+        "-",
+        "0",
+        "0.00",
+        "-",
+        "-",
+        "-",
+    ]
     assert shown.endswith("\nrun     preparing")
 
 
@@ -101,7 +111,7 @@ def test_a_trained_run_is_told_with_its_best_epoch(
     assert (device["announced"], device["skipped"], device["samples"]) == (40, 2, 0)
     assert (device["seconds"], device["forecast_seconds"]) == (12.5, 20.25)
     shown = lines(summary.text(data))
-    columns = ["device-01", "kitchen", "2", "40", "0", "3.00", "12.5", "20.2"]
+    columns = ["device-01", "kitchen", "2", "40", "0", "3.00", "2.50", "12.5", "20.2"]
     assert shown["device-01"].split() == columns
     assert shown["after"].split(" ", 1)[1].strip() == "accuracy 0.7500, f1 0.2000, loss 0.9000"
     assert shown["adapter"] == f"adapter {run.training / 'best'}"

@@ -53,7 +53,18 @@ def outcome(run: RunFolder, registry: Registry, store: Store) -> Outcome:
 
 def text(data: dict[str, Any]) -> str:
     """A summary for people."""
-    header = ("device", "name", "depth", "samples", "stored", "MB sent", "seconds", "forecast", "")
+    header = (
+        "device",
+        "name",
+        "depth",
+        "samples",
+        "stored",
+        "MB sent",
+        "expected",
+        "seconds",
+        "expected",
+        "",
+    )
     rows = [
         (
             device["id"],
@@ -62,6 +73,7 @@ def text(data: dict[str, Any]) -> str:
             _or_dash(device["announced"]),
             str(device["samples"]),
             f"{device['bytes_up'] / 1e6:.2f}",
+            _or_dash(_mega(device["forecast_bytes"]), ".2f"),
             _or_dash(device["seconds"], ".1f"),
             _or_dash(device["forecast_seconds"], ".1f"),
             "purged" if device["revoked"] else "failed" if device["failure"] else "",
@@ -215,6 +227,10 @@ def _adapter(run: RunFolder) -> str | None:
 def _printable(text: str) -> str:
     """What a device says may hold control characters, which a terminal would obey."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _mega(number: float | None) -> float | None:
+    return None if number is None else number / 1e6
 
 
 def _or_dash(value: float | None, form: str = "") -> str:
