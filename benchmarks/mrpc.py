@@ -12,16 +12,14 @@ goes to benchmarks/results/mrpc.json.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from environment import write
 
 from splitfrozen.data.partition import dirichlet, iid
 from splitfrozen.records import Ints
@@ -77,20 +75,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             results[name] = run_once(Path(scratch), rows, parts, arguments)
         print(f"{name}: test accuracy {results[name]['accuracy_after']:.4f}")
-    report = {
-        "rows": results,
-        "difference": abs(
-            results["iid"]["accuracy_after"] - results["dirichlet 0.1"]["accuracy_after"]
-        ),
-        "config": CONFIG,
-        "lr": arguments.lr,
-        "seed": arguments.seed,
-        "environment": environment(),
-    }
-    target = ROOT / "results" / "mrpc.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"difference {report['difference']:.4f}; written to {target.relative_to(ROOT.parent)}")
+    difference = abs(results["iid"]["accuracy_after"] - results["dirichlet 0.1"]["accuracy_after"])
+    target = write(
+        "mrpc",
+        {
+            "rows": results,
+            "difference": difference,
+            "config": CONFIG,
+            "lr": arguments.lr,
+            "seed": arguments.seed,
+        },
+    )
+    print(f"difference {difference:.4f}; written to {target.relative_to(ROOT.parent)}")
 
 
 def run_once(
@@ -123,27 +119,6 @@ def run_once(
         "devices": summary["devices"],
         "evaluations": [event for event in events if event["event"] in ("baseline", "evaluation")],
         "losses": [round(event["loss"], 4) for event in events if event["event"] == "step"],
-    }
-
-
-def environment() -> dict[str, object]:
-    """What a reader needs to judge the seconds by."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "commit": commit.stdout.strip(),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "peft", "onnxruntime", "splitfrozen")
-        },
     }
 
 
