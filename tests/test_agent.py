@@ -556,7 +556,7 @@ def test_join_goes_the_whole_way(
     server: FakeServer, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = tmp_path / "state"
-    outcome = join_command(server.join, str(data), "pi", [], state, 1, strict=False)
+    outcome = join_command(server.join, str(data), "pi", [], state, 1, strict=False, patience=5.0)
     assert outcome.exit_code == 0
     assert json.loads(json.dumps(outcome.data))["samples"] == 298
     assert outcome.data["skipped"] == 2
@@ -641,7 +641,7 @@ def test_a_running_device_is_not_started_twice(
 def test_bad_options_are_told(threads: int, columns: list[str], match: str) -> None:
     join = f"splitfrozen://token@localhost:1/{'0' * 64}"
     with pytest.raises(ConfigError, match=match):
-        join_command(join, "data", None, columns, None, threads, strict=False)
+        join_command(join, "data", None, columns, None, threads, strict=False, patience=5.0)
 
 
 def test_columns_are_renamed_for_this_device(
@@ -649,7 +649,9 @@ def test_columns_are_renamed_for_this_device(
 ) -> None:
     data.write_text(data.read_text().replace("text,label", "phrase,verdict", 1))
     columns = ["text=phrase", "label=verdict"]
-    outcome = join_command(server.join, str(data), None, columns, tmp_path / "s", 1, strict=False)
+    outcome = join_command(
+        server.join, str(data), None, columns, tmp_path / "s", 1, strict=False, patience=5.0
+    )
     assert outcome.data["samples"] == 298
 
 

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from splitfrozen.config import Config, convert
+from splitfrozen.disk import disk_full
 from splitfrozen.errors import SplitFrozenError
 from splitfrozen.records import (
     PROTOCOL,
@@ -42,7 +43,6 @@ from splitfrozen.records import (
     TaskSpec,
 )
 from splitfrozen.server.app import ENDPOINTS, Limits, Services, build_app
-from splitfrozen.server.database import disk_full
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import CrashPoint, Store
 from splitfrozen.wire.codec import codec
@@ -422,6 +422,20 @@ def test_targets_of_a_language_model(tmp_path: Path, targets: list[int], words: 
     services.store.close()
 
 
+@pytest.mark.parametrize(("tokens", "status"), [(4, 400), (5, 201), (6, 400)])
+def test_all_images_have_one_length(tmp_path: Path, tokens: int, status: int) -> None:
+    image = msgspec.structs.replace(task("image"), image=(3, 8, 8), image_tokens=5)
+    services = make_world(tmp_path / "run-1", image)
+    with TestClient(build_app(services)) as client:
+        world = World(services, client)
+        response = world.put(pack(origin(world.ready()), 0, [sample(1, tokens=tokens)]))
+    assert response.status_code == status
+    if status == 400:
+        assert f"wrong length: got {tokens} tokens; allowed: 5" in refusal(response)[2]
+    services.registry.close()
+    services.store.close()
+
+
 def test_a_chunk_needs_an_assignment_first(world: World) -> None:
     world.enrol()
     response = world.put(pack(origin(front(1)), 0, [sample(0)]))
@@ -485,6 +499,10 @@ def test_bodies_have_limits(world: World) -> None:
     assert refusal(put("/v1/chunks/x", content=b"", headers=declared))[0] == 413
     digits = bearer | {"Content-Length": "1" * 5000}
     assert refusal(put("/v1/chunks/x", content=b"", headers=digits))[0] == 413
+    zeros = bearer | {"Content-Length": "0" * 30 + str(64 * 2**20 + 1)}
+    assert refusal(put("/v1/chunks/x", content=b"", headers=zeros))[0] == 413
+    nothing = bearer | {"Content-Length": "0" * 5000}
+    assert put("/v1/probe", content=b"", headers=nothing).status_code == 204
     assert refusal(put("/v1/probe", content=b"x" * (2**20 + 1), headers=bearer))[0] == 413
     assert refusal(post("/v1/report", content=b"x" * (2**16 + 1), headers=bearer))[0] == 413
     assert refusal(post("/v1/report", content=iter([b"x" * 60_000] * 2), headers=bearer))[0] == 413
@@ -526,6 +544,24 @@ async def _put(app: Starlette, sha256: str, body: Any, headers: dict[str, str]) 
     await app(scope, receive, send)
     head = {key.decode(): value.decode() for key, value in received[0]["headers"]}
     return httpx2.Response(received[0]["status"], headers=head, content=received[1]["body"])
+
+
+def test_a_device_is_there_until_its_upload_has_ended(services: Services, tmp_path: Path) -> None:
+    now = 1000.0
+    registry = Registry(tmp_path / "run-1", lambda: now)
+    app = build_app(replace(services, registry=registry))
+    world = World(services, TestClient(app))
+    chunk = pack(origin(world.ready()), 0, [sample(0)])
+
+    async def body() -> Any:
+        nonlocal now
+        now += 100
+        yield chunk.frame
+
+    declared = world.bearer() | {"Content-Length": str(len(chunk.frame))}
+    assert anyio.run(_put, app, chunk.sha256, body(), declared).status_code == 201
+    assert services.registry.device("device-00").last_seen == 1100
+    registry.close()
 
 
 def test_a_body_that_stops_is_given_up(services: Services) -> None:

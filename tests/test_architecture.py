@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "rng": 1,
     "logs": 1,
+    "disk": 1,
     "records": 1,
     "config": 2,
     "wire": 3,

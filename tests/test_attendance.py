@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from splitfrozen.records import Announcement, SampleTable
-from splitfrozen.runs.attendance import attendance, read_roster, write_roster
+from splitfrozen.runs.attendance import Silence, attendance, read_roster, write_roster
 from splitfrozen.server.registry import DeviceRow
 from splitfrozen.server.store import Totals
 
@@ -31,54 +30,60 @@ def stored(*counts: int) -> dict[str, Totals]:
 
 
 def test_nothing_is_complete_before_all_have_announced_and_sent() -> None:
-    seen = attendance([device(0, 5), device(1, None)], stored(5), NOW, 0.0, 0)
+    seen = attendance([device(0, 5), device(1, None)], stored(5))
     assert (seen.unannounced, seen.missing, seen.complete) == (("device-01",), (), False)
-    seen = attendance([device(0, 5), device(1, 3)], stored(5, 2), NOW, 0.0, 0)
+    seen = attendance([device(0, 5), device(1, 3)], stored(5, 2))
     assert (seen.unannounced, seen.missing, seen.complete) == ((), ("device-01",), False)
-    seen = attendance([device(0, 5), device(1, 3)], stored(5, 3), NOW, 0.0, 0)
+    seen = attendance([device(0, 5), device(1, 3)], stored(5, 3))
     assert (seen.announced, seen.complete) == ({"device-00": 5, "device-01": 3}, True)
 
 
 def test_nobody_is_never_complete() -> None:
-    assert not attendance([], {}, NOW, 0.0, 0).complete
-    assert not attendance([device(0, 5, revoked=True)], stored(5), NOW, 0.0, 0).complete
+    assert not attendance([], {}).complete
+    assert not attendance([device(0, 5, revoked=True)], stored(5)).complete
 
 
 def test_a_revoked_device_is_not_waited_for() -> None:
-    seen = attendance([device(0, 5), device(1, 9, revoked=True)], stored(5, 2), NOW, 0.0, 0)
+    seen = attendance([device(0, 5), device(1, 9, revoked=True)], stored(5, 2))
     assert (seen.announced, seen.complete) == ({"device-00": 5}, True)
 
 
+def test_a_gone_device_counts_with_what_it_sent() -> None:
+    rows, totals = [device(0, 5), device(1, 4), device(2, None)], stored(2, 4)
+    seen = attendance(rows, totals)
+    assert (seen.missing, seen.unannounced, seen.stored) == (("device-00",), ("device-02",), 6)
+    seen = attendance(rows, totals, {"device-00", "device-02"})
+    assert seen.announced == {"device-00": 2, "device-01": 4, "device-02": 0}
+    assert seen.complete
+
+
+def test_silence_goes_by_signs_of_life_and_not_by_the_time_of_day() -> None:
+    now = [100.0]
+    silence = Silence(60, lambda: now[0])
+    assert silence.gone([device(0, 5, last_seen=1e9), device(1, None, last_seen=None)]) == set()
+    now[0] += 61
+    # The server's clock jumped back by a year, but the device was heard.
+    rows = [device(0, 5, last_seen=9.7e8), device(1, None, last_seen=None)]
+    assert silence.gone(rows) == {"device-01"}
+    now[0] += 59
+    assert silence.gone(rows) == {"device-01"}
+    now[0] += 2
+    assert silence.gone(rows) == {"device-00", "device-01"}
+    assert silence.gone([device(0, 5, last_seen=9.8e8)]) == set()
+
+
 def test_patience_0_waits_for_ever() -> None:
-    row = device(0, 5, last_seen=0.0)
-    assert attendance([row], stored(2), NOW, 0.0, 0).missing == ("device-00",)
-
-
-@pytest.mark.parametrize(
-    ("announced", "last_seen", "since", "gone"),
-    [
-        (5, NOW - 61, 0.0, True),
-        (5, NOW - 59, 0.0, False),
-        (None, NOW - 61, 0.0, True),
-        (None, None, NOW - 61, True),  # it never came
-        (5, NOW - 1000, NOW - 59, False),  # nobody could have been heard for longer
-    ],
-)
-def test_a_silent_device_counts_with_what_it_sent(
-    announced: int | None, last_seen: float | None, since: float, gone: bool
-) -> None:
-    others = [device(1, 4, last_seen=NOW)]
-    rows = [device(0, announced, last_seen=last_seen), *others]
-    seen = attendance(rows, stored(2, 4), NOW, since, 60)
-    assert seen.complete is gone
-    if gone:
-        assert seen.announced == {"device-00": 2, "device-01": 4}
+    now = [0.0]
+    silence = Silence(0, lambda: now[0])
+    silence.gone([device(0, 5)])
+    now[0] = 1e9
+    assert silence.gone([device(0, 5)]) == set()
 
 
 def table(devices: Sequence[str], keys: Sequence[tuple[int, int]]) -> SampleTable:
     columns = np.array(keys, np.int32).reshape(-1, 2)
     ones = np.ones(len(columns), np.int32)
-    return SampleTable(tuple(devices), columns[:, 0], columns[:, 1], ones, ones)
+    return SampleTable(tuple(devices), columns[:, 0], columns[:, 1], ones, ones, ones)
 
 
 def keys(found: SampleTable | None) -> list[tuple[str, int]]:

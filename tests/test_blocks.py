@@ -36,6 +36,17 @@ def test_every_family_is_located(family: Any) -> None:
     assert len(sliced.linear_maps(0, 1)) in range(4, 8)
 
 
+@pytest.mark.parametrize("family", ["gpt2-causal_lm", "llama-causal_lm"], indirect=True)
+def test_a_front_fills_no_cache(family: Any) -> None:
+    sliced = SlicedModel(family.build())
+    front = sliced.front(2)
+    caches: list[Any] = []
+    front.backbone.register_forward_hook(lambda *call: caches.append(call[-1].past_key_values))
+    with torch.no_grad():
+        front(*sliced.example((5, 3), seed=0))
+    assert caches == [None]
+
+
 def test_a_new_head_comes_from_the_seed_alone(checkpoint: str) -> None:
     torch.manual_seed(1)
     state = torch.random.get_rng_state()

@@ -25,7 +25,7 @@ from splitfrozen.config import (
 )
 from splitfrozen.errors import ConfigError, StoreError
 from splitfrozen.records import Prepared, TaskSpec
-from splitfrozen.runs.folder import Address, RunFolder, write_atomically
+from splitfrozen.runs.folder import Address, RunFolder
 from splitfrozen.wire.join import JoinString
 
 
@@ -177,7 +177,7 @@ def test_a_torn_line_costs_nothing_but_itself(run: RunFolder) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sign", ["roster.json", "samples"])
+@pytest.mark.parametrize("sign", ["roster.json", "announced.json"])
 def test_training_has_begun_when_its_samples_are_fixed(run: RunFolder, sign: str) -> None:
     assert not run.begun
     run.training.mkdir()
@@ -209,16 +209,6 @@ def test_the_address_makes_join_strings(run: RunFolder) -> None:
     found = run.address()
     assert found is not None
     assert JoinString.parse(found.join("token")) == JoinString("token", "::1", 8443, "a" * 64)
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_atomically(path, b"old")
-    with path.open("rb") as reader:
-        write_atomically(path, b"newer")
-        assert reader.read() == b"old"
-    assert path.read_bytes() == b"newer"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_config_is_kept_as_it_was_started(run: RunFolder) -> None:

@@ -14,7 +14,7 @@ from splitfrozen.records import IGNORED, PROTOCOL, EncodedSample, FrameHeader
 from splitfrozen.rng import stream
 from splitfrozen.wire import frame
 from splitfrozen.wire.codec import codec
-from splitfrozen.wire.frame import Origin, pack, unpack
+from splitfrozen.wire.frame import Origin, header_of, pack, unpack
 
 GOLDEN = Path(__file__).parent / "golden" / "frame-v1.bin"
 ORIGIN = Origin("run-1", "device-a", "ab" * 32, depth=3, width=4, codec="float32")
@@ -63,6 +63,7 @@ def test_round_trip():
         targets=(1, 2),
         payloads=(48, 32),
     )
+    assert header == header_of(ORIGIN, 5, samples())
     assert len(back) == 2
     for ours, theirs in zip(samples(), back, strict=True):
         assert (ours.sample, ours.tokens) == (theirs.sample, theirs.tokens)

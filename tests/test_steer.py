@@ -11,12 +11,13 @@ import pytest
 
 from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig
 from splitfrozen.errors import RequestError, StoreError
-from splitfrozen.records import PROTOCOL, EncodedSample, FrameHeader
+from splitfrozen.records import EncodedSample
 from splitfrozen.runs import steer
 from splitfrozen.runs.folder import Address, RunFolder
 from splitfrozen.server.index import PurgedError
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
+from splitfrozen.wire.frame import Origin, header_of
 from splitfrozen.wire.join import JoinString
 
 
@@ -43,23 +44,11 @@ def registry(run: RunFolder) -> Iterator[Registry]:
 
 def send(run: RunFolder, device: str, samples: int) -> None:
     payload = np.zeros(2, "<f4").tobytes()
-    header = FrameHeader(
-        protocol=PROTOCOL,
-        run="mine",
-        device=device,
-        index=0,
-        front="0" * 64,
-        depth=1,
-        width=2,
-        codec="float32",
-        samples=tuple(range(samples)),
-        tokens=(1,) * samples,
-        targets=(1,) * samples,
-        payloads=(len(payload),) * samples,
-    )
     label = np.zeros(1, np.int32)
+    encoded = [EncodedSample(i, 1, label, payload) for i in range(samples)]
+    origin = Origin("mine", device, "0" * 64, depth=1, width=2, codec="float32")
     with closing(Store(run.store)) as store:
-        store.add(header, "0" * 64, [EncodedSample(i, 1, label, payload) for i in range(samples)])
+        store.add(header_of(origin, 0, encoded), "0" * 64, encoded)
 
 
 def stored(run: RunFolder) -> dict[str, int]:
@@ -86,7 +75,10 @@ def test_a_run_that_nobody_serves_is_stopped(run: RunFolder, registry: Registry)
     with run.lock("serve"):
         told = steer.status(run.root)
         assert (told.data["state"], told.data["served"]) == ("receiving", True)
-        assert told.text.endswith("receiving: 0 of 2 devices joined, 5 of 0 samples stored")
+        assert told.text.endswith(
+            "receiving: 0 of 2 devices joined, 5 of 0 samples stored; "
+            "waiting for device-00 (not joined), device-01 (not joined)"
+        )
     registry.set_state("done")
     assert steer.status(run.root).text.endswith("run     done")
 

@@ -62,7 +62,15 @@ def train(run: RunFolder) -> None:
         run.report({"event": "step", "step": step, "epoch": step // 4, "loss": 1 / step})
     for epoch, accuracy in ((0, 0.5), (1, 0.75)):
         found = {**metrics, "accuracy": accuracy}
-        run.report({"event": "evaluation", "step": 3 * epoch + 3, "epoch": epoch, **found})
+        run.report(
+            {
+                "event": "evaluation",
+                "step": 3 * epoch + 3,
+                "epoch": epoch,
+                "score": found["accuracy"],
+                **found,
+            }
+        )
     (run.training / "best").mkdir(parents=True)
     (run.training / "best" / "adapter_config.json").touch()
 
@@ -123,6 +131,7 @@ def test_a_language_model_is_told_by_its_loss(
 ) -> None:
     for epoch, loss in enumerate((2.0, 1.0, math.nan, 1.5)):
         event = {"event": "evaluation", "step": epoch, "epoch": epoch, "loss": loss}
+        event["score"] = -loss
         run.report({**event, "perplexity": math.exp(loss), "exact_match": 0.1 * epoch})
     data = summary.summarize(run, registry, store)
     assert data["accuracy_after"] is None
@@ -168,9 +177,19 @@ def test_progress_is_of_samples_then_of_steps(
     join(registry, "device-00", "a")
     registry.set_state("receiving")
     line = summary.line(run, registry, store)
-    assert line == "receiving: 1 of 3 devices joined, 0 of 40 samples stored"
+    assert line == (
+        "receiving: 1 of 3 devices joined, 0 of 40 samples stored; waiting for "
+        "device-00 (0 of 40), device-01 (not joined), device-02 (not joined)"
+    )
+    registry.fail("device-01", "no usable row")
+    registry.revoke("device-02")
+    line = summary.line(run, registry, store)
+    assert line == (
+        "receiving: 1 of 2 devices joined, 0 of 40 samples stored; waiting for "
+        "device-00 (0 of 40), device-01 (failed: mend it and join again, or purge it)"
+    )
     registry.set_state("training")
-    assert summary.line(run, registry, store).startswith("training: 1 of 3 devices")
+    assert summary.line(run, registry, store).startswith("training: 1 of 2 devices")
     train(run)
     assert summary.line(run, registry, store) == "training: step 6 of 6"
 

@@ -164,7 +164,7 @@ def test_not_yet_is_asked_again_without_end() -> None:
             return answer(202, Retry_After="30")
         return reply([1, 2])
 
-    assert client(handler, time).poll("/v1/assignment", list[int]) == [1, 2]
+    assert client(handler, time).poll("/v1/assignment", list[int], "all are there") == [1, 2]
     assert time.now > 3600
 
 

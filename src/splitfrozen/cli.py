@@ -80,6 +80,13 @@ COMMANDS = (
             _arg("--state", type=Path, help="folder for identity and downloads"),
             _arg("--threads", type=int, help="default: all cores"),
             _arg("--strict", action="store_true", help="stop at the first bad row"),
+            _arg(
+                "--patience",
+                type=float,
+                default=3600.0,
+                metavar="SECONDS",
+                help="how long to try to reach the server in vain (default: 3600)",
+            ),
         ),
     ),
     Command("status", "what a run is doing", "splitfrozen.runs.steer:status", (RUN,)),
@@ -98,7 +105,7 @@ COMMANDS = (
     ),
     Command(
         "purge",
-        "delete everything that a device sent, and refuse it from now on",
+        "delete what a device sent and all that was trained on it, and refuse it from now on",
         "splitfrozen.runs.steer:purge",
         (RUN, _arg("--device", required=True, help="id, as in `status`")),
     ),

@@ -16,10 +16,12 @@ file.
 from __future__ import annotations
 
 import difflib
+import ipaddress
+import math
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,10 +29,23 @@ from msgspec import Meta, Struct
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Precision, TaskKind
 
-Whole = Annotated[int, Meta(ge=1)]
-Natural = Annotated[int, Meta(ge=0)]
+LARGEST = 2**63 - 1
+"""Of whole numbers: what travels and is stored is a signed number of 64 bits."""
+
+Whole = Annotated[int, Meta(ge=1, le=LARGEST)]
+Natural = Annotated[int, Meta(ge=0, le=LARGEST)]
 Rate = Annotated[float, Meta(ge=0, lt=1)]
 Above0 = Annotated[float, Meta(gt=0)]
+
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
+
+
+def _is_host(host: str, zone_too: bool) -> bool:
+    try:
+        return zone_too or getattr(ipaddress.ip_address(host), "scope_id", None) is None
+    except ValueError:
+        return _HOST.fullmatch(host) is not None
 
 
 class Spec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +84,9 @@ class TaskConfig(Spec, frozen=True):
     def __post_init__(self) -> None:
         if self.kind != "causal_lm" and len(self.labels) < 2:
             raise _bad("task.labels", list(self.labels), "two or more names", "name the classes")
+        twice = [name for name in self.labels if self.labels.count(name) > 1 or not name.strip()]
+        if twice:
+            raise _bad("task.labels", repr(twice[0]), "names that differ", "mend it")
         if "{prompt}" not in self.template:
             raise _bad("task.template", self.template, "text with {prompt} in it", "add {prompt}")
         try:
@@ -87,13 +105,18 @@ class LoraSpec(Spec, frozen=True):
     dropout: Rate = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise _bad("lora.targets", "[]", '"all-linear" or names', "leave it out for all")
+
 
 class TrainSpec(Spec, frozen=True):
     """The optimisation.
 
-    `batch_size` is in samples and exact; `micro_tokens` bounds the padded tokens of a micro-batch
-    (memory only, the gradient does not depend on it). `warmup` is the share of all steps.
-    `checkpoint_steps` is the number of steps between checkpoints.
+    `batch_size` is in samples and exact; `micro_tokens` bounds the padded tokens of a micro-batch:
+    memory only, the gradient does not depend on it but for rounding. With `lora.dropout` above 0,
+    which values are dropped follows from the micro-batches; how many does not. `warmup` is the
+    share of all steps. `checkpoint_steps` is the number of steps between checkpoints.
     """
 
     epochs: Whole = 3
@@ -146,6 +169,13 @@ class ServerSpec(Spec, frozen=True):
     host: str = "0.0.0.0"  # noqa: S104 -- it is there for other machines
     port: Annotated[int, Meta(ge=0, le=65535)] = 8443
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, host in (("server.host", self.host), ("server.name", self.name)):
+            # What is only listened on may have a zone (fe80::1%eth0); others cannot use it.
+            zone_too = key == "server.host" and self.name is not None
+            if host is not None and not _is_host(host, zone_too):
+                raise _bad(key, repr(host), "a name or address as in a URL", _ascii_hint(host))
 
 
 class RunSpec(Spec, frozen=True):
@@ -213,6 +243,8 @@ def load(path: Path) -> Config:
             remedy="mend that line",
         ) from error
     base = path.resolve().parent
+    for section, key in (("run", "folder"), ("task", "eval"), ("model", "name")):
+        _refuse_no_path(table, section, key)
     run = table.setdefault("run", {})
     if isinstance(run, dict):
         run["folder"] = str(
@@ -220,10 +252,11 @@ def load(path: Path) -> Config:
         )
     task, model = table.get("task"), table.get("model")
     if isinstance(task, dict) and isinstance(task.get("eval"), str):
-        task["eval"] = str(base / task["eval"]) if (base / task["eval"]).exists() else task["eval"]
+        found = base / task["eval"]
+        task["eval"] = str(found) if _is_there(found) else task["eval"]
     if isinstance(model, dict) and isinstance(model.get("name"), str):
         folder = base / model["name"]
-        model["name"] = str(folder) if folder.is_dir() else model["name"]
+        model["name"] = str(folder) if _is_there(folder) and folder.is_dir() else model["name"]
     return convert(table, Config)
 
 
@@ -233,6 +266,7 @@ _SpecT = TypeVar("_SpecT", bound=Spec)
 def convert(table: dict[str, Any], kind: type[_SpecT]) -> _SpecT:
     """Turn nested tables into a spec. Raises ConfigError that names the key and the cure."""
     _refuse_unknown(table, kind, "")
+    _refuse_infinite(table, "")
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
@@ -242,8 +276,8 @@ def convert(table: dict[str, Any], kind: type[_SpecT]) -> _SpecT:
         key = where.rstrip("`").lstrip(".") or "the file"
         raise ConfigError(
             f"`{key}` is wrong",
-            got=repr(_lookup(table, key)),
-            allowed=what[0].lower() + what[1:],
+            got=_shortly(_lookup(table, key)),
+            allowed=_choices(kind, key) or what[0].lower() + what[1:],
             remedy="see docs/configuration.md",
         ) from error
 
@@ -254,14 +288,65 @@ def dump(config: Config) -> bytes:
 
 
 def undump(data: bytes) -> Config:
-    """Read back what `dump` wrote. Raises ConfigError."""
-    return convert(msgspec.json.decode(data), Config)
+    """Read back what `dump` wrote. Raises ConfigError, msgspec.DecodeError."""
+    return convert(msgspec.json.decode(data, type=dict[str, Any]), Config)
 
 
 def _lookup(table: Any, key: str) -> Any:
-    for part in key.split("."):
-        table = table.get(part) if isinstance(table, dict) else None
+    """The value at a place as msgspec writes it: `devices.depth[0]`; `[...]` is of any key."""
+    for part in re.findall(r"\w+|\.\.\.", key):
+        if isinstance(table, list | tuple) and part.isdigit():
+            table = table[int(part)]
+        elif part != "...":
+            table = table.get(part) if isinstance(table, dict) else None
     return table
+
+
+def _shortly(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _choices(kind: type[Spec], key: str) -> str:
+    """What a key may be, where that is one of a few words; "" elsewhere."""
+    wanted: Any = kind
+    for part in key.split("."):
+        wanted = get_type_hints(wanted).get(part) if isinstance(wanted, type) else None
+    several = get_args(wanted) if get_origin(wanted) is Union else (wanted,)
+    words = [f'"{word}"' for one in several if get_origin(one) is Literal for word in get_args(one)]
+    lists = ["a list"] if words and any(get_origin(one) is tuple for one in several) else []
+    return ", ".join(words + lists)
+
+
+def _refuse_infinite(table: dict[str, Any], prefix: str) -> None:
+    """TOML has inf and nan; JSON, which keeps the config, has not."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _refuse_infinite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise _bad(prefix + key, value, "a finite number", "see docs/configuration.md")
+
+
+def _refuse_no_path(table: dict[str, Any], section: str, key: str) -> None:
+    """An empty path would mean the folder of the file itself."""
+    text = table[section].get(key) if isinstance(table.get(section), dict) else None
+    if isinstance(text, str) and (not text.strip() or "\0" in text):
+        raise _bad(f"{section}.{key}", repr(text), "a path", "mend it, or leave it out for none")
+
+
+def _is_there(path: Path) -> bool:
+    """False, too, where no file can have such a name."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _ascii_hint(host: str) -> str:
+    try:
+        return f"write {host.encode('idna').decode()}" if not host.isascii() else "mend it"
+    except UnicodeError:
+        return "mend it"
 
 
 def _refuse_unknown(table: dict[str, Any], kind: type[Spec], prefix: str) -> None:

@@ -8,6 +8,7 @@
     │   └── PlanError           no assignment satisfies the constraints
     ├── WireError               bytes from the network that are not what they claim
     ├── StoreError              the activation store or the registry on disk
+    │   └── DiskFullError   no space; the same request succeeds once there is some
     ├── RefusedError            the other side said no: token, fingerprint, quota
     └── UnreachableError        the other side did not answer in time
 
@@ -75,6 +76,10 @@ class WireError(SplitFrozenError):
 
 class StoreError(SplitFrozenError):
     """The store or the registry on disk cannot be read or written."""
+
+
+class DiskFullError(StoreError):
+    """No space is left: nothing was written, and the same request succeeds once there is some."""
 
 
 class RefusedError(SplitFrozenError):

@@ -96,6 +96,7 @@ class SampleTable:
         sample: int32 [N], `Sample.id`.
         tokens: int32 [N], T of each sample.
         depth: int32 [N], n of each sample.
+        chunk: int32 [N], index of the chunk it came in.
     """
 
     devices: tuple[str, ...]
@@ -103,6 +104,7 @@ class SampleTable:
     sample: Ints
     tokens: Ints
     depth: Ints
+    chunk: Ints
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -118,6 +120,7 @@ class SampleTable:
             self.sample[chosen],
             self.tokens[chosen],
             self.depth[chosen],
+            self.chunk[chosen],
         )
 
 

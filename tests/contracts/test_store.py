@@ -53,6 +53,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.kept: dict[SampleKey, tuple[str, Activation]] = {}
+        self.came: dict[SampleKey, int] = {}
         self.indices: dict[str, set[int]] = {}
         self.purged: set[str] = set()
 
@@ -66,7 +67,8 @@ class MemoryStore:
             activation = Activation(sample.sample, header.depth, hidden, sample.targets)
             key = SampleKey(header.device, sample.sample)
             stored += key not in self.kept
-            self.kept.setdefault(key, (header.codec, activation))
+            if key not in self.kept:
+                self.kept[key], self.came[key] = (header.codec, activation), header.index
         self.indices.setdefault(header.device, set()).add(header.index)
         return Receipt(index=header.index, stored=stored)
 
@@ -77,11 +79,11 @@ class MemoryStore:
         keys = sorted(self.kept)
         devices = tuple(sorted({key.device for key in keys}))
         columns = [
-            (devices.index(key.device), key.sample, len(kept.hidden), kept.depth)
+            (devices.index(key.device), key.sample, len(kept.hidden), kept.depth, self.came[key])
             for key in keys
             for kept in [self.kept[key][1]]
         ]
-        table = np.array(columns, np.int32).reshape(-1, 4).T
+        table = np.array(columns, np.int32).reshape(-1, 5).T
         return SampleTable(devices, *table)
 
     def read(self, keys: Sequence[SampleKey]) -> list[Activation]:
@@ -286,6 +288,20 @@ def test_a_store_is_the_same_after_reopening(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 1
 
 
+def test_only_recovery_deletes_what_a_crash_left(tmp_path: Path) -> None:
+    """Who looks at a store that another process serves changes nothing."""
+    with contextlib.closing(Store(tmp_path)) as first:
+        first.add(*chunk("device-00", 0, [0]))
+    left = tmp_path / "segments" / "device-00" / "d1-77.seg"
+    left.write_bytes(b"no row knows this file")
+    with contextlib.closing(Store(tmp_path)) as second:
+        assert len(second.samples()) == 1
+        assert left.exists()
+        second.recover()
+        assert not left.exists()
+        assert len(second.read([SampleKey("device-00", 0)])) == 1
+
+
 def test_payloads_are_kept_as_received(disk: Store, tmp_path: Path) -> None:
     header, sha256, samples = chunk("device-00", 0, [0, 1], codec_name="float16+zlib")
     disk.add(header, sha256, samples)
@@ -464,6 +480,7 @@ def test_memory_and_disk_agree_on_any_history(make_disk: Callable[[], Store]) ->
                 _act(one, what, chunk(device, number, samples, codec_name="float16", salt=number))
         ours, theirs = disk_store.samples(), memory.samples()
         assert rows(ours) == rows(theirs)
+        assert ours.chunk.tolist() == theirs.chunk.tolist()
         keys = [ours.key(row) for row in range(len(ours))]
         for left, right in zip(disk_store.read(keys), memory.read(keys), strict=True):
             assert (left.hidden == right.hidden).all()

@@ -65,7 +65,7 @@ class TinyRun:
         zeros = np.zeros(count, np.int32)
         lengths = np.array([len(a.hidden) for a in self.activations], np.int32)
         ids = np.arange(count, dtype=np.int32)
-        return SampleTable(("only",), zeros, ids, lengths, zeros + CUT)
+        return SampleTable(("only",), zeros, ids, lengths, zeros + CUT, zeros)
 
     def read(self, keys: Sequence[SampleKey]) -> list[Activation]:
         return [self.activations[key.sample] for key in keys]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from splitfrozen.errors import StoreError
-from splitfrozen.server.database import DiskFullError, refuse_network_folder
+from splitfrozen.server.database import refuse_network_folder
 from splitfrozen.server.store import CRASH_POINTS, Store
 
 # A device's whole life in one process: 4 chunks, all lifted, another device purged. Killed at the
@@ -46,6 +46,7 @@ def add(store, device, number):
     print("ack", device, number, flush=True)
 
 store = Store(folder, at)
+store.recover()
 for number in range(2):
     if not (folder / "purged").exists():
         add(store, "device-01", number)
@@ -115,8 +116,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
+from splitfrozen.errors import DiskFullError
 from splitfrozen.records import EncodedSample
-from splitfrozen.server.database import DiskFullError
 from splitfrozen.server.store import Store
 from splitfrozen.wire.codec import codec
 from splitfrozen.wire.frame import Origin, pack, unpack
@@ -154,10 +155,6 @@ def test_a_full_disk_loses_nothing_and_heals(tmp_path: Path) -> None:
     assert done.stdout.strip() == ("[10, 10, 'DiskFullError', 'DiskFullError', 10] [800080] 30")
 
 
-def test_disk_full_is_a_store_error() -> None:
-    assert issubclass(DiskFullError, StoreError)
-
-
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "9p", "fuse.sshfs"])
 def test_network_file_systems_are_refused(tmp_path: Path, kind: str) -> None:
     run = tmp_path / "a b" / "run"
@@ -174,3 +171,14 @@ def test_a_file_that_is_no_database_is_an_error_with_a_remedy(tmp_path: Path) ->
     (tmp_path / "index.sqlite").write_bytes(b"this is not a database, it is a text" * 100)
     with pytest.raises(StoreError, match="check the disk"):
         Store(tmp_path)
+
+
+def test_a_lost_index_is_told_and_nothing_is_deleted(tmp_path: Path) -> None:
+    segment = tmp_path / "segments" / "device-00" / "d1-1.seg"
+    segment.parent.mkdir(parents=True)
+    segment.write_bytes(b"activations of an index that was lost")
+    store = Store(tmp_path)
+    with pytest.raises(StoreError, match="no index knows.*restore index"):
+        store.recover()
+    store.close()
+    assert segment.is_file()

@@ -32,7 +32,14 @@ from splitfrozen.errors import DataError
 _LOOKED_AT = 20
 """Lines of a JSON lines file that are searched for the columns' names."""
 
+LONGEST_FIELD = 64 << 20
+"""Characters of a CSV field; longer texts are cut by `max_tokens`, not here."""
+# The reader fails at a longer field and goes on inside its quotes. The limit is of the process and
+# 131,072 by default, so it is raised once, here.
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
+
 _ARRAY = "a JSON array, not an object"
+_ENDLESS = f"fields of up to {LONGEST_FIELD} characters; is there a quote without its end?"
 _FORMATS = "a .csv, .tsv, .jsonl, .ndjson, .json or .npz file, a `datasets` folder or owner/name"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
@@ -117,7 +124,7 @@ def _read_csv(source: str, columns: Mapping[str, str], report: Report) -> Iterat
             raise _unusable(source, "an empty file", "a header line with the columns' names")
         _check_columns(source, columns, header)
         places = {ours: header.index(theirs) for ours, theirs in columns.items()}
-        for line, fields in _csv_rows(reader):
+        for line, fields in _csv_rows(source, reader):
             if isinstance(fields, str):
                 report(BadRow(source, line, fields))
             elif len(fields) != len(header):
@@ -128,8 +135,11 @@ def _read_csv(source: str, columns: Mapping[str, str], report: Report) -> Iterat
                 yield from _if_text(Row(source, line, dict(values)), report)
 
 
-def _csv_rows(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the first line of each row with its fields, or with what is wrong with them."""
+def _csv_rows(source: str, reader: Any) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield the first line of each row with its fields, or with what is wrong with them.
+
+    Raises DataError at a field that does not end.
+    """
     while True:
         line = reader.line_num + 1
         try:
@@ -137,8 +147,11 @@ def _csv_rows(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # The reader starts anew on the next line.
             yield line, f"not CSV: {error}"
+            if "field larger than" in str(error):
+                # What follows is inside of its quotes: text that would be taken for rows.
+                raise _unusable(source, f"{error} in the row of line {line}", _ENDLESS) from error
+            # Else the reader starts anew on the next line.
             continue
         if fields:
             yield line, fields
@@ -219,6 +232,10 @@ def _read_npz(source: str, columns: Mapping[str, str], report: Report) -> Iterat
                 raise _unusable(source, "a single array", "an archive of named arrays")
             _check_columns(source, columns, archive.files)
             arrays = {ours: archive[theirs] for ours, theirs in columns.items()}
+            for ours, array in arrays.items():
+                # What is no .npy file comes as bytes.
+                if not isinstance(array, np.ndarray):
+                    raise _unusable(source, f"{columns[ours]!r}, which is no array", "arrays")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _unusable(source, str(error), "an archive of arrays without objects") from error
     lengths = {columns[ours]: len(array) if array.ndim else 0 for ours, array in arrays.items()}
@@ -299,7 +316,7 @@ def _check_columns(source: str, columns: Mapping[str, str], found: Iterable[str]
             f"{source} has {times} column {theirs!r} for `{ours}`",
             got=f"columns {', '.join(map(repr, names)) or 'none'}",
             allowed=f"one column {theirs!r}",
-            remedy=f"{hint}name the right one as `{ours}` in task.columns or with --column",
+            remedy=f"{hint}name the right one as `{ours}` in task.columns, or `join --column`",
         )
 
 

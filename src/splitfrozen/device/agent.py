@@ -96,6 +96,7 @@ def join_command(
     state: Path | None,
     threads: int | None,
     strict: bool,
+    patience: float,
 ) -> Outcome:
     """`splitfrozen join`. Raises what `join` raises, ConfigError for an option."""
     if threads is not None and threads < 1:
@@ -110,6 +111,7 @@ def join_command(
         state=state,
         threads=threads,
         strict=strict,
+        patience_s=patience,
     )
     joined = be_device(request)
     said, report = joined.announced, joined.report
@@ -136,6 +138,8 @@ def be_device(request: JoinRequest) -> Joined:
         UnreachableError: patience ended; the same call continues.
         StoreError: the state folder. WireError: the server does not keep the protocol.
     """
+    # A misspelt path is told before the server hears of us.
+    read_rows(request.data, {}, report=lambda _: None)
     join, stop = request.join, threading.Event()
     patience = Patience(request.patience_s, sleep=lambda seconds: _sleep(stop, seconds))
     host = f"[{join.host}]" if ":" in join.host else join.host
@@ -167,7 +171,7 @@ def _attend(
     client.post("/v1/announcement", said)
     threads = request.threads or probe.cores()
     client.post("/v1/profile", _profile(run.probe, samples, state, client, threads))
-    assignment = client.poll("/v1/assignment", Assignment)
+    assignment = client.poll("/v1/assignment", Assignment, "the other devices are measured")
     manifest = assignment.front
     _log.info("computing depth %d of %s", assignment.depth, run.model)
     front = _open_front(manifest, state, client, threads)
@@ -213,6 +217,14 @@ def _read_data(
     request: JoinRequest, run: RunInfo, state: DeviceState, client: HttpClient
 ) -> tuple[list[Sample], Announcement]:
     """Read the samples and what to announce of them. Raises DataError."""
+    unknown = sorted(request.columns.keys() - run.task.columns.keys())
+    if unknown:
+        raise ConfigError(
+            "`--column` names columns that the task does not have",
+            got=", ".join(unknown),
+            allowed=", ".join(run.task.columns),
+            remedy="write OURS=THEIRS: the task's name first, then your file's",
+        )
     task = msgspec.structs.replace(run.task, columns={**run.task.columns, **request.columns})
     tokenizer = None if run.tokenizer is None else _open_tokenizer(run.tokenizer, state, client)
     skipped = 0

@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import IO, TypeVar
 
 import msgspec
 
+from splitfrozen.disk import write_whole
 from splitfrozen.errors import RefusedError, RequestError, StoreError
 from splitfrozen.records import FrontManifest, Message
 
@@ -88,15 +88,7 @@ class DeviceState:
     def write(self, name: str, message: Message) -> None:
         """Keep a message, durably and whole or not at all. Raises StoreError."""
         path = self.folder / f"{name}.json"
-        try:
-            # Temporary files are readable by their owner only.
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                file.write(msgspec.json.encode(message))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except OSError as error:
-            raise _unusable(self.folder, error) from error
+        write_whole(path, msgspec.json.encode(message), mode=0o600)
 
     def front_folder(self, manifest: FrontManifest) -> Path:
         """Return a folder that holds the downloaded files of a front under their names.

@@ -88,12 +88,19 @@ class HttpClient:
         """Return the reply to GET, decoded. Raises as `put`."""
         return self._decode(path, self._insist("GET", path)[1], kind)
 
-    def poll(self, path: str, kind: type[_T]) -> _T:
-        """Like `get`, asking again for as long as the server answers 202 (not yet)."""
+    def poll(self, path: str, kind: type[_T], until: str) -> _T:
+        """Like `get`, asking again for as long as the server answers 202 (not yet).
+
+        `until` tells people what is waited for.
+        """
+        told = False
         while True:
             response, body = self._insist("GET", path)
             if response.status_code != 202:
                 return self._decode(path, body, kind)
+            if not told:
+                _log.info("waiting until %s", until)
+                told = True
             asked_s = _retry_after(response)
             self._patience.rest(POLL_S if asked_s is None else asked_s)
 

@@ -35,6 +35,7 @@ class SplitFrozen:
         self._peft_model = peft_model
         self._cut = cut
         self._base = base
+        peft_model.eval()
         self._dropouts = [
             module
             for name, module in peft_model.named_modules()
@@ -63,7 +64,6 @@ class SplitFrozen:
     def _forward(
         self, items: Sequence[Activation], *, dropout: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._peft_model.eval()
         for module in self._dropouts:
             module.train(dropout)
         batch = collate(items).to(self._sliced.model.device)

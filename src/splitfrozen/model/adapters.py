@@ -1,8 +1,7 @@
 """LoRA on the blocks above the cut, by peft, and the adapter folder that any peft opens.
 
 The folder is byte for byte reproducible: names are sorted, and nothing in it tells when or where it
-was written. It is complete under a hidden name before two renames put it into the place of an older
-one, so a reader never finds a part of an adapter.
+was written. Its files are replaced whole, so a reader never finds a part of an adapter.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 
 from splitfrozen import rng
 from splitfrozen.config import LoraSpec
+from splitfrozen.disk import write_whole
 from splitfrozen.errors import ModelError
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import TaskKind
@@ -134,8 +134,9 @@ def save(peft_model: PeftModel, folder: Path, base_name: str) -> None:
     tensors = {name: value.contiguous() for name, value in sorted(state(peft_model).items())}
     config = json.dumps(_config_table(peft_model, base_name), indent=2, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(config)
-    (folder / _WEIGHTS).write_bytes(serialise(tensors, metadata={"format": "pt"}))
+    # Of one run's adapters only the weights differ, so replacing them is replacing the adapter.
+    write_whole(folder / _CONFIG, config.encode())
+    write_whole(folder / _WEIGHTS, serialise(tensors, metadata={"format": "pt"}))
 
 
 def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -351,12 +351,13 @@ class _Front(nn.Module):
     def __init__(self, sliced: SlicedModel, depth: int) -> None:
         super().__init__()
         self.inputs = sliced.inputs
+        self._options = sliced._options
         self._catch, blocks = sliced._up_to((), depth)
         self.backbone = sliced._view(_backbone(sliced.model), blocks)
         self.eval()
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        self.backbone(**dict(zip(self.inputs, inputs, strict=True)))
+        self.backbone(**dict(zip(self.inputs, inputs, strict=True)), **self._options)
         return self._catch.take()
 
 

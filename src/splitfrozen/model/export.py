@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
+from splitfrozen.disk import write_whole
 from splitfrozen.errors import ModelError
 from splitfrozen.model import costs
 from splitfrozen.model.blocks import SlicedModel
@@ -74,7 +73,7 @@ def export_front(
     weights = _detach(model.graph, folder)
     graph = ir.to_proto(model).SerializeToString(deterministic=True)
     graph_ref = _ref(graph, ".onnx")
-    _place(folder / graph_ref.name, graph, lambda path: _compare(sliced, depth, precision, path))
+    _keep(folder / graph_ref.name, graph, lambda path: _compare(sliced, depth, precision, path))
     files = (graph_ref, *weights)
     identity = "\n".join([*(file.sha256 for file in files), str(depth), precision])
     maps = [sliced.linear_maps(block, block + 1).values() for block in range(depth)]
@@ -336,7 +335,7 @@ def _detach(graph: ir.Graph, folder: Path) -> list[FileRef]:
             continue
         data = tensor.tobytes()
         ref = _ref(data, ".bin")
-        _place(folder / ref.name, data)
+        _keep(folder / ref.name, data)
         value.const_value = ir.ExternalTensor(
             ref.name,
             0,
@@ -355,22 +354,10 @@ def _ref(data: bytes, suffix: str) -> FileRef:
     return FileRef(name=digest[:40] + suffix, sha256=digest, bytes=len(data))
 
 
-def _place(path: Path, data: bytes, check: Callable[[Path], None] | None = None) -> None:
-    """Give `data` its name once it is on disk and passes `check`; keep a file that has it."""
-    if path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-        draft = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if check:
-                check(draft)
-            draft.replace(path)
-        except BaseException:
-            draft.unlink()
-            raise
+def _keep(path: Path, data: bytes, check: Callable[[Path], object] = lambda _: None) -> None:
+    """Write `data` unless the file holds it already; it gets its name only if it passes `check`."""
+    if not (path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data):
+        write_whole(path, data, check=check)
 
 
 def _compare(sliced: SlicedModel, depth: int, precision: Precision, graph: Path) -> None:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from splitfrozen.errors import PlanError
 from splitfrozen.records import Announcement, DeviceProfile, FrontManifest
 
+TOLERANCE = 0.1
+"""Equal machines differ by so much from one measurement to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -92,7 +95,8 @@ def assign(
         held = _held(profile, fronts)
         if not held:
             raise _no_memory(device, profile, fronts)
-        in_time = [f for f in held if token_seconds(profile, f, bytes_per_token) <= target_s]
+        allowed_s = target_s * (1 + TOLERANCE)
+        in_time = [f for f in held if token_seconds(profile, f, bytes_per_token) <= allowed_s]
         depths[device] = max((f.depth for f in in_time), default=min(f.depth for f in held))
     return depths
 

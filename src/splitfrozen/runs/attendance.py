@@ -6,26 +6,29 @@ changes nothing about a training that may have to be resumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from splitfrozen.disk import write_whole
 from splitfrozen.records import SampleTable
-from splitfrozen.runs.folder import write_atomically
 from splitfrozen.server.registry import DeviceRow
 from splitfrozen.server.store import Totals
 
 
 @dataclass(frozen=True, slots=True)
 class Attendance:
-    """Attributes:
-    announced: device -> samples that it will have sent in the end.
-    unannounced: devices that have not said what they will send.
-    missing: devices that have announced more than is stored.
-    stored: samples in the store.
+    """Who has sent what.
+
+    Attributes:
+        announced: device -> samples that it will have sent in the end.
+        unannounced: devices that have not said what they will send.
+        missing: devices that have announced more than is stored.
+        stored: samples in the store.
     """
 
     announced: dict[str, int]
@@ -40,20 +43,14 @@ class Attendance:
 
 
 def attendance(
-    devices: Sequence[DeviceRow],
-    totals: Mapping[str, Totals],
-    now: float,
-    since: float,
-    patience_s: float,
+    devices: Sequence[DeviceRow], totals: Mapping[str, Totals], gone: Collection[str] = ()
 ) -> Attendance:
     """Look at everybody.
 
     Args:
         devices: all slots.
         totals: what is stored, by device.
-        now: seconds since 1970.
-        since: when this process began to look; before that nobody could have been heard.
-        patience_s: a device silent for longer counts as gone, with what it sent; 0 is for ever.
+        gone: devices that are no longer waited for; what they sent is all that they announced.
     """
     announced: dict[str, int] = {}
     unannounced, missing = [], []
@@ -61,8 +58,7 @@ def attendance(
         if device.revoked:
             continue
         stored = totals[device.id].samples if device.id in totals else 0
-        gone = 0 < patience_s < now - max(device.last_seen or 0.0, since)
-        if gone:
+        if device.id in gone:
             announced[device.id] = stored
         elif device.announcement is None:
             unannounced.append(device.id)
@@ -70,8 +66,34 @@ def attendance(
             announced[device.id] = device.announcement.samples
             if stored < device.announcement.samples:
                 missing.append(device.id)
-    stored = sum(total.samples for total in totals.values())
-    return Attendance(announced, tuple(unannounced), tuple(missing), stored)
+    total = sum(total.samples for total in totals.values())
+    return Attendance(announced, tuple(unannounced), tuple(missing), total)
+
+
+class Silence:
+    """Who has not been heard for long.
+
+    It goes by a clock that nobody sets: `last_seen` is wall time, which may jump by hours, so only
+    that it has changed counts as a sign of life.
+    """
+
+    def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """A device silent for longer than `patience_s` is gone; 0 waits for ever."""
+        self._patience_s = patience_s
+        self._clock = clock
+        self._heard: dict[str, tuple[float | None, float]] = {}
+
+    def gone(self, devices: Sequence[DeviceRow]) -> frozenset[str]:
+        """Devices that are gone now. A slot that nobody took is silent since the first call."""
+        now, gone = self._clock(), set()
+        for device in devices:
+            last_seen, since = self._heard.get(device.id, (None, now))
+            if device.last_seen != last_seen:
+                since = now
+            self._heard[device.id] = device.last_seen, since
+            if 0 < self._patience_s < now - since:
+                gone.add(device.id)
+        return frozenset(gone)
 
 
 def write_roster(path: Path, table: SampleTable) -> None:
@@ -85,7 +107,7 @@ def write_roster(path: Path, table: SampleTable) -> None:
         firsts = ids[np.concatenate([[0], breaks + 1])]
         lasts = ids[np.concatenate([breaks, [len(ids) - 1]])]
         roster[device] = [[int(a), int(b) + 1] for a, b in zip(firsts, lasts, strict=True)]
-    write_atomically(path, msgspec.json.encode(roster))
+    write_whole(path, msgspec.json.encode(roster))
 
 
 def read_roster(path: Path, table: SampleTable) -> SampleTable:

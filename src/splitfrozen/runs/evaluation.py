@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,49 +16,85 @@ from tokenizers import Tokenizer
 
 from splitfrozen.data.inputs import model_inputs
 from splitfrozen.data.readers import BadRow, read_rows
-from splitfrozen.data.tasks import build_samples, encode_prompt
-from splitfrozen.errors import DataError
+from splitfrozen.data.tasks import announce, build_samples, encode_prompt
+from splitfrozen.disk import write_whole
+from splitfrozen.errors import DiskFullError, StoreError
 from splitfrozen.model.blocks import SlicedModel
-from splitfrozen.records import PROTOCOL, EncodedSample, FrameHeader, Ints, Prepared, Sample
+from splitfrozen.records import Activation, EncodedSample, Ints, Prepared, Sample, SampleKey
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.prepare import open_tokenizer
 from splitfrozen.server.store import Store
 from splitfrozen.training.batching import split
 from splitfrozen.training.evaluate import Evaluation, exact_match, generate
 from splitfrozen.wire.codec import codec
+from splitfrozen.wire.frame import Origin, header_of
 
 log = logging.getLogger("splitfrozen.evaluation")
 
-PART = 256
-"""Samples that are computed and stored together."""
+NO_FRAME = "0" * 64
+"""There was no frame whose hash could be kept."""
+DEVICE = "evaluation"
+"""Whose samples these are, as the store sees it."""
+
+PART_SAMPLES = 256
+PART_TOKENS = 32768
+"""Samples are computed and stored in parts that hold at most so much."""
 
 NEW_TOKENS = 256
 
 
-def fill(
-    store: Store, source: str, run: RunFolder, prepared: Prepared, sliced: SlicedModel
-) -> None:
-    """Store the activations of `source` at the cut; parts that are there already are not computed.
+class _Kept(Store):
+    """No device can send these again, nor be purged: what is damaged is computed again."""
 
-    Raises DataError where the file cannot be read or has no good row.
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with _replaceable(folder):
+            super().__init__(folder / "store")
+
+    def read(self, keys: Sequence[SampleKey]) -> list[Activation]:
+        with _replaceable(self._folder):
+            return super().read(keys)
+
+
+@contextmanager
+def _replaceable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except StoreError as error:
+        raise StoreError(
+            error.what,
+            got=error.got,
+            allowed=error.allowed,
+            remedy=f"delete the folder {folder}; the same command computes it again",
+        ) from error
+
+
+def open_store(
+    folder: Path, source: str, run: RunFolder, prepared: Prepared, sliced: SlicedModel
+) -> Store:
+    """The activations of `source` at the cut, kept in `folder`.
+
+    What is there already of the same data is not computed again; of other data it is deleted.
+    Raises DataError where the file cannot be read or has no good row, StoreError where what is
+    there is damaged.
     """
-    task = prepared.task
-    rows = read_rows(source, task.columns, report=_log_bad_row)
-    samples = build_samples(rows, task, open_tokenizer(run, prepared), report=_log_bad_row)
-    known = store.chunks("evaluation")
+    digest = announce(_samples(source, run, prepared, _log_bad_row), 0).digest
+    known = folder / "digest"
+    if folder.exists() and not (known.exists() and known.read_bytes() == digest.encode()):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(known, digest.encode())
+    store = _Kept(folder)
+    stored = store.chunks(DEVICE)
     cut, micro_tokens = run.config.model.cut, run.config.train.micro_tokens
-    index = -1
-    for index, part in enumerate(_parts(samples)):
-        if index not in known:
+    origin = Origin(run.name, DEVICE, prepared.weights_hash, cut, prepared.width, "float32")
+    for index, part in enumerate(_parts(_samples(source, run, prepared, lambda _: None))):
+        if index not in stored:
             encoded = embed(sliced, part, cut, micro_tokens)
-            store.add(_header(prepared, cut, index, encoded), "0" * 64, encoded)
-    if index < 0:
-        raise DataError(
-            f"{source} has no usable row",
-            got="no good row",
-            allowed="one or more",
-            remedy="see the rows reported in the log",
-        )
+            store.add(header_of(origin, index, encoded), NO_FRAME, encoded)
+    return store
 
 
 def embed(
@@ -121,26 +160,24 @@ def prompts_of(
     return prompts, [completion for _, completion in pairs]
 
 
+def _samples(
+    source: str, run: RunFolder, prepared: Prepared, report: Callable[[BadRow], None]
+) -> Iterator[Sample]:
+    rows = read_rows(source, prepared.task.columns, report=report)
+    return build_samples(rows, prepared.task, open_tokenizer(run, prepared), report=report)
+
+
 def _parts(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    while part := list(islice(samples, PART)):
+    part: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        if part and (len(part) == PART_SAMPLES or tokens + sample.length > PART_TOKENS):
+            yield part
+            part, tokens = [], 0
+        part.append(sample)
+        tokens += sample.length
+    if part:
         yield part
-
-
-def _header(prepared: Prepared, cut: int, index: int, encoded: list[EncodedSample]) -> FrameHeader:
-    return FrameHeader(
-        protocol=PROTOCOL,
-        run="",
-        device="evaluation",
-        index=index,
-        front=prepared.weights_hash,
-        depth=cut,
-        width=prepared.width,
-        codec="float32",
-        samples=tuple(sample.sample for sample in encoded),
-        tokens=tuple(sample.tokens for sample in encoded),
-        targets=tuple(len(sample.targets) for sample in encoded),
-        payloads=tuple(len(sample.payload) for sample in encoded),
-    )
 
 
 def _log_bad_row(bad: BadRow) -> None:

@@ -19,17 +19,30 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import msgspec
 
 from splitfrozen import config
 from splitfrozen.config import Config
-from splitfrozen.errors import ConfigError, StoreError
+from splitfrozen.disk import write_whole
+from splitfrozen.errors import ConfigError, RequestError, StoreError
 from splitfrozen.records import Prepared
+from splitfrozen.server.registry import Registry
 from splitfrozen.wire.join import JoinString
+
+STOPPED = 3
+"""Exit code of a worker that was asked to stop; calling it again continues."""
+NO_SPACE = 4
+"""Exit code of a worker that found the disk full; calling it again, later, continues."""
+LONGEST_NAME = 100
+"""Every frame carries the run's name, and its header bounds it."""
+MOVABLE = {("model", "name"), ("task", "eval")}
+"""Paths that may change with the project's folder: the content of what is there is compared."""
+
+_StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -40,21 +53,37 @@ class Address(msgspec.Struct, frozen=True):
     fingerprint: str
 
     def join(self, token: str) -> str:
-        """The join string of a token."""
-        return str(JoinString(token, self.host, self.port, self.fingerprint))
+        """The join string of a token. Raises ConfigError where devices cannot be told the host."""
+        try:
+            return str(JoinString(token, self.host, self.port, self.fingerprint))
+        except RequestError as error:
+            raise ConfigError(
+                "no join string can be made of this machine's address",
+                got=error.got,
+                allowed=error.allowed,
+                remedy="set server.name to a name or address that devices reach",
+            ) from error
 
 
 class RunFolder:
     """Paths and small files of one run; `root` exists and has a config."""
 
     def __init__(self, root: Path) -> None:
-        """Open a run. Raises StoreError where there is none."""
+        """Open a run. Raises StoreError where there is none, or a damaged one."""
         self.root = root
-        if not (root / "config.json").is_file():
+        path = root / "config.json"
+        if not path.is_file():
             raise _no_run(root, "no config.json in it")
+        data = path.read_bytes()
+        remedy = "restore it from a copy, or give the run another folder"
         try:
-            self.config: Config = config.undump((root / "config.json").read_bytes())
-        except (msgspec.DecodeError, ConfigError) as error:
+            table = msgspec.json.decode(data, type=dict[str, Any])
+            self.config: Config = config.undump(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _damaged(path, str(error), remedy) from error
+        except ConfigError as error:
+            if "devices" in table:
+                raise _damaged(path, f"{error.what}: {error.got}", remedy) from error
             # Models have a file of that name too.
             raise _no_run(root, "another config.json in it") from error
 
@@ -62,37 +91,66 @@ class RunFolder:
     def create(cls, wanted: Config) -> RunFolder:
         """Make the folder, or open it where it exists already with the same config.
 
-        [server] may differ. Before anything is prepared the rest may too, so that who misspelt a
-        model starts the same run again; but not the number of join strings that were given out.
+        [server] may differ, and so may the folders of `model.name` and `task.eval`, as projects
+        are moved. For as long as no device has enrolled the rest may too, so that who misspelt a
+        model or a path starts the same run again: it is prepared anew. But not the number of join
+        strings, which were given out.
 
         Raises ConfigError that names the keys which differ.
         """
         root = wanted.folder
-        if not (root / "config.json").exists():
-            try:
+        if len(root.name) > LONGEST_NAME:
+            raise ConfigError(
+                "`run.folder` has too long a name",
+                got=f"{len(root.name)} characters",
+                allowed=f"at most {LONGEST_NAME} in its last part",
+                remedy="choose another run.folder",
+            )
+        try:
+            if not (root / "config.json").exists():
                 root.mkdir(parents=True, exist_ok=True)
                 root.chmod(0o700)
-                write_atomically(root / "config.json", config.dump(wanted))
-            except OSError as error:
-                raise ConfigError(
-                    "`run.folder` cannot be made",
-                    got=f"{root}: {error.strerror}",
-                    allowed="a folder that this user may make and write",
-                    remedy="choose another run.folder",
-                ) from error
+                write_whole(root / "config.json", config.dump(wanted))
+        except OSError as error:
+            raise ConfigError(
+                "`run.folder` cannot be made",
+                got=f"{root}: {error.strerror}",
+                allowed="a folder that this user may make and write",
+                remedy="choose another run.folder",
+            ) from error
         folder = cls(root)
         changed = _differences(folder.config, wanted)
-        if "devices.count" in changed or (changed and folder.prepared() is not None):
+        if "devices.count" in changed or (changed and folder._enrolled()):
             raise ConfigError(
                 f"{root} holds a run that was started otherwise",
                 got=f"another {', '.join(changed)}",
                 allowed="the same config ([server] may change)",
                 remedy="undo the change, or give the new run its own run.folder",
             )
-        if folder.config != wanted and folder.holder("serve") is None:
-            write_atomically(root / "config.json", config.dump(wanted))
+        if folder.config != wanted and folder._idle():
+            if changed:
+                folder._forget_preparation()
+            write_whole(root / "config.json", config.dump(wanted))
             folder.config = wanted
         return folder
+
+    def _idle(self) -> bool:
+        return self.holder("serve") is None and self.holder("worker") is None
+
+    def _enrolled(self) -> bool:
+        """Whether any device works with what it was told."""
+        if not (self.root / "registry.sqlite").exists():
+            return False
+        with closing(Registry(self.root)) as registry:
+            return any(row.enrolled_at is not None for row in registry.devices())
+
+    def _forget_preparation(self) -> None:
+        """Delete what was made of another config. What is in `files` is named by its content."""
+        for name in ("evaluation", "training", "tokenizer"):
+            if (self.root / name).exists():
+                shutil.rmtree(self.root / name)
+        for name in ("prepared.json", "forecast.json", "metrics.jsonl", "curves.png"):
+            (self.root / name).unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
@@ -118,7 +176,7 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether training has begun, that is, whether its samples are fixed."""
-        return any((self.training / name).exists() for name in ("roster.json", "samples"))
+        return any((self.training / name).exists() for name in ("roster.json", "announced.json"))
 
     def forget_training(self) -> None:
         """Delete what was trained and measured, so that the run trains anew."""
@@ -127,12 +185,11 @@ class RunFolder:
             (self.root / name).unlink(missing_ok=True)
 
     def address(self) -> Address | None:
-        """Where it was served last; None before it was."""
-        path = self.root / "address.json"
-        return msgspec.json.decode(path.read_bytes(), type=Address) if path.exists() else None
+        """Where it was served last; None before it was. Raises StoreError."""
+        return self._made_again("address.json", Address)
 
     def write_address(self, address: Address) -> None:
-        write_atomically(self.root / "address.json", msgspec.json.encode(address))
+        write_whole(self.root / "address.json", msgspec.json.encode(address))
 
     def adapter(self, which: str) -> Path:
         """Folder of the adapter: "best", or "last" where nothing was evaluated.
@@ -150,12 +207,22 @@ class RunFolder:
         )
 
     def prepared(self) -> Prepared | None:
-        """What `prepare` wrote; None before that."""
-        path = self.root / "prepared.json"
-        return msgspec.json.decode(path.read_bytes(), type=Prepared) if path.exists() else None
+        """What `prepare` wrote; None before that. Raises StoreError."""
+        return self._made_again("prepared.json", Prepared)
+
+    def _made_again(self, name: str, kind: type[_StructT]) -> _StructT | None:
+        """Read a file that `serve` makes where it is missing."""
+        path = self.root / name
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except FileNotFoundError:
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            remedy = f"delete it and run: splitfrozen serve {self.root}; it is made again"
+            raise _damaged(path, str(error), remedy) from error
 
     def write_prepared(self, prepared: Prepared) -> None:
-        write_atomically(self.root / "prepared.json", msgspec.json.encode(prepared))
+        write_whole(self.root / "prepared.json", msgspec.json.encode(prepared))
 
     def report(self, event: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl; NaN and infinity become null."""
@@ -169,15 +236,15 @@ class RunFolder:
             file.write(f"{before}{json.dumps(clean, allow_nan=False)}\n".encode())
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """Events of one kind, oldest first; a line that a crash cut short is left out."""
+        """Events of one kind, oldest first; what a crash cut short or damaged is left out."""
         path = self.root / "metrics.jsonl"
         found = []
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if event.get("event") == kind:
+            if isinstance(event, dict) and event.get("event") == kind:
                 found.append(event)
         return found
 
@@ -234,6 +301,12 @@ def _torn(file: IO[bytes]) -> bool:
     return file.read(1) != b"\n"
 
 
+def _damaged(path: Path, got: str, remedy: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged", got=got, allowed="the file as splitfrozen wrote it", remedy=remedy
+    )
+
+
 def _no_run(root: Path, got: str) -> StoreError:
     return StoreError(
         f"{root} is not a run folder",
@@ -243,21 +316,6 @@ def _no_run(root: Path, got: str) -> StoreError:
     )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new one, also after a power cut."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _differences(old: Config, new: Config) -> list[str]:
     before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
     return [
@@ -265,5 +323,18 @@ def _differences(old: Config, new: Config) -> list[str]:
         for section in before
         if section != "server"
         for key in before[section]
-        if before[section][key] != after[section][key] and (section, key) != ("run", "folder")
+        if (section, key) != ("run", "folder")
+        and not ((section, key) in MOVABLE and _moved(before[section][key], after[section][key]))
+        and before[section][key] != after[section][key]
     ]
+
+
+def _moved(old: str | None, new: str | None) -> bool:
+    """Whether both are absolute paths that end alike."""
+    return (
+        old is not None
+        and new is not None
+        and Path(old).is_absolute()
+        and Path(new).is_absolute()
+        and Path(old).name == Path(new).name
+    )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from splitfrozen.config import Config, TaskConfig
-from splitfrozen.errors import ConfigError, ModelError
+from splitfrozen.errors import ConfigError, ModelError, StoreError
 from splitfrozen.model.blocks import SlicedModel, load_model
 from splitfrozen.model.export import export_front
 from splitfrozen.records import FileRef, Prepared, TaskSpec
@@ -124,10 +124,19 @@ def task_spec(config: Config, sliced: SlicedModel, tokenizer: FileRef | None) ->
 
 
 def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer | None:
-    """The tokenizer that devices use; None for images."""
+    """The tokenizer that devices use; None for images. Raises StoreError where it is damaged."""
     if prepared.tokenizer is None:
         return None
-    return tokenizers.Tokenizer.from_file(str(run.files / prepared.tokenizer.name))
+    path = run.files / prepared.tokenizer.name
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower.
+        raise StoreError(
+            f"the tokenizer {path} cannot be opened",
+            got=str(error)[:300],
+            allowed="the file as it was prepared",
+            remedy=f"delete {run.root / 'prepared.json'} and run: splitfrozen serve {run.root}",
+        ) from error
 
 
 def _load_tokenizer(name: str) -> Any:

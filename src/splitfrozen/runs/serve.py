@@ -7,6 +7,7 @@ with an error ends the run, and `status` says so.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -26,11 +27,12 @@ import uvicorn
 
 from splitfrozen import config, logs
 from splitfrozen.config import Config
-from splitfrozen.errors import ConfigError, SplitFrozenError
+from splitfrozen.disk import write_whole
+from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
 from splitfrozen.planning.depth import Forecast, forecast
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import summary
-from splitfrozen.runs.folder import Address, RunFolder, write_atomically
+from splitfrozen.runs.folder import NO_SPACE, Address, RunFolder
 from splitfrozen.server.app import Services, build_app
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.auth import identity
@@ -46,6 +48,10 @@ INTERRUPTED = 1
 """Exit code of a run that was stopped before it was done."""
 GRACE_S = 10.0
 """How long a finished run waits for devices' last reports, and a stopped one for its worker."""
+SPACE_S = 10.0
+"""How long to wait where the disk was full."""
+LONG_S = 600.0
+"""A worker that lived so long was able to work."""
 STATUS_S = 10.0
 SHOWN_JOINS = 20
 """More of them are in join.txt only."""
@@ -64,21 +70,26 @@ def serve(source: Path) -> Outcome:
     """
     run = RunFolder(source) if source.is_dir() else RunFolder.create(config.load(source))
     logs.also_to(run.root / "run.log")
-    with run.lock("serve"):
-        return _Server(run).run()
+    with (
+        run.lock("serve"),
+        contextlib.closing(Registry(run.root)) as registry,
+        contextlib.closing(Store(run.store)) as store,
+    ):
+        return _Server(run, registry, store).run()
 
 
 class _Server:
     """One `serve`, from the certificate to the summary."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, registry: Registry, store: Store) -> None:
         self._run = run
-        self._registry = Registry(run.root)
-        self._store = Store(run.store)
+        self._registry = registry
+        self._store = store
         self._prepared: Prepared | None = None
         self._stopping = threading.Event()
         self._failure: SplitFrozenError | None = None
         self._told, self._told_at = "", time.monotonic()
+        self._foretold = False
 
     def run(self) -> Outcome:
         run, registry = self._run, self._registry
@@ -86,6 +97,8 @@ class _Server:
             log.info("the run was done already")
             return summary.outcome(run, registry, self._store)
         log.info("serving %s", run.root)
+        self._refuse_strange_store()
+        self._store.recover()
         registry.ensure_slots(run.config.devices.count)
         if registry.state().state in ("failed", "stopped"):
             registry.set_state("preparing" if self._load_prepared() is None else "receiving")
@@ -106,6 +119,16 @@ class _Server:
             )
             self._serve(web, listener)
         return self._end()
+
+    def _refuse_strange_store(self) -> None:
+        """Samples that no device of the registry sent are somebody else's. Raises StoreError."""
+        if self._store.totals() and not self._registry.devices():
+            raise StoreError(
+                f"{self._run.root} holds samples of devices that it does not know",
+                got="a store without its registry.sqlite",
+                allowed="both, as this run wrote them",
+                remedy="restore registry.sqlite, or start a new run folder",
+            )
 
     def _serve(self, web: uvicorn.Server, listener: socket.socket) -> None:
         """Run the web server and the worker until one of them ends."""
@@ -149,21 +172,33 @@ class _Server:
                 self._await_reports()
         except SplitFrozenError as error:
             self._failure = error
+        except Exception as error:
+            log.exception("the run cannot be looked after")
+            self._failure = _WorkerError(f"{type(error).__name__}: {error}", 1)
         finally:
             web.should_exit = True
 
     def _keep_working(self) -> SplitFrozenError | None:
-        for _ in range(RESTARTS + 1):
+        """Start workers until one is done; returns why none will be."""
+        killed = 0
+        while killed <= RESTARTS:
+            began = time.monotonic()
             code = self._work()
             if code == 0 or self._stopping.is_set():
                 return None
+            if code == NO_SPACE:
+                log.warning("the disk is full; trying again in %.0f s", SPACE_S)
+                self._stopping.wait(SPACE_S)
+                continue
             state = self._registry.state()
             if state.state == "failed":
                 return _WorkerError(state.error or "", code)
-            log.warning("the worker ended with code %d; starting it again", code)
+            # One that worked for long and was then killed is not one that cannot work here.
+            killed = 1 if time.monotonic() - began > LONG_S else killed + 1
+            log.warning("the worker was killed (code %d); starting it again", code)
         return SplitFrozenError(
             "the worker was killed again and again",
-            got=f"exit code {code}, {RESTARTS + 1} times",
+            got=f"exit code {code}, {killed} times in a row",
             allowed="a worker that lives",
             remedy=f"see {self._run.root / 'run.log'}; is there enough memory?",
         )
@@ -216,10 +251,12 @@ class _Server:
 
     def _forecast(self) -> None:
         """Once every device has a depth, say what is expected; once in a run."""
-        path = self._run.root / "forecast.json"
-        prepared = self._load_prepared()
+        path, prepared = self._run.root / "forecast.json", self._load_prepared()
+        if self._foretold or prepared is None:
+            return
         rows = [row for row in self._registry.devices() if not row.revoked]
-        if prepared is None or path.exists() or any(row.depth is None for row in rows):
+        self._foretold = path.exists()
+        if self._foretold or any(row.depth is None for row in rows):
             return
         announced = {row.id: row.announcement for row in rows if row.announcement is not None}
         profiles = {row.id: row.profile for row in rows if row.profile is not None}
@@ -231,7 +268,7 @@ class _Server:
             prepared.fronts,
             bytes_per_token(self._run.config.wire.name, prepared),
         )
-        write_atomically(path, json.dumps([dataclasses.asdict(one) for one in expected]).encode())
+        write_whole(path, json.dumps([dataclasses.asdict(one) for one in expected]).encode())
         log.info("forecast\n%s", forecast_table(expected))
 
     def _invite(self, address: Address) -> None:
@@ -239,7 +276,7 @@ class _Server:
         run.write_address(address)
         joins = [address.join(token) for token in tokens]
         path = run.root / "join.txt"
-        write_atomically(path, "".join(join + "\n" for join in joins).encode())
+        write_whole(path, "".join(join + "\n" for join in joins).encode(), mode=0o600)
         log.info("listening on %s port %d", address.host, address.port)
         if joins:
             log.info("join strings, one for each device, are in %s", path)
@@ -278,7 +315,21 @@ def told_host(wanted: Config) -> str:
         unspecified = ipaddress.ip_address(server.host).is_unspecified
     except ValueError:
         unspecified = False
-    return socket.getfqdn() if unspecified else server.host
+    return _outward_address() if unspecified else server.host
+
+
+def _outward_address() -> str:
+    """The address of this machine that others reach; its name where it has no route outward."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: connecting a datagram socket only chooses a route (RFC 5737 address).
+            probe.connect(("192.0.2.1", 9))
+            found = str(probe.getsockname()[0])
+        except OSError:
+            found = socket.gethostname()
+    if found == "localhost" or found.startswith("127."):
+        log.warning("devices are told %s, which is themselves; set server.name", found)
+    return found
 
 
 def forecast_table(expected: Sequence[Forecast]) -> str:

@@ -119,6 +119,13 @@ def purge(run: Path, device: str) -> Outcome:
         registry.revoke(device)
         store.purge(device)
         anew = folder.begun
+        if anew and folder.holder("serve") is not None:
+            raise RequestError(
+                f"{device} is purged, but training began meanwhile",
+                got="a run that is being trained",
+                allowed="a run that is stopped",
+                remedy=f"run: splitfrozen stop {run}; purge it again; then serve: it trains anew",
+            )
         if anew:
             folder.forget_training()
             registry.set_state("receiving")

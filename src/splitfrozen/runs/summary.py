@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from splitfrozen.records import Outcome
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.server.registry import DeviceRow, Registry
 from splitfrozen.server.store import Store, Totals
+
+SHOWN_WAITING = 3
+"""Devices that a line of progress names."""
 
 NOTHING = Totals(samples=0, tokens=0, bytes=0)
 
@@ -60,7 +63,7 @@ def text(data: dict[str, Any]) -> str:
         "samples",
         "stored",
         "MB sent",
-        "expected",
+        "at most",
         "seconds",
         "expected",
         "",
@@ -100,13 +103,29 @@ def line(run: RunFolder, registry: Registry, store: Store) -> str:
     state = registry.state().state
     if state == "training" and (began := run.events("training")):
         return f"training: step {_steps(run)} of {began[-1]['steps']}"
-    rows, totals = registry.devices(), store.totals()
+    rows = [row for row in registry.devices() if not row.revoked]
+    totals = store.totals()
     announced = sum(row.announcement.samples for row in rows if row.announcement is not None)
     stored = sum(total.samples for total in totals.values())
     joined = sum(row.enrolled_at is not None for row in rows)
-    return (
+    text = (
         f"{state}: {joined} of {len(rows)} devices joined, {stored} of {announced} samples stored"
     )
+    waiting = [f"{row.id} ({why})" for row in rows if (why := _lacks(row, totals))]
+    if waiting:
+        more = f" and {len(waiting) - SHOWN_WAITING} more" if waiting[SHOWN_WAITING:] else ""
+        text += f"; waiting for {', '.join(waiting[:SHOWN_WAITING])}{more}"
+    return text
+
+
+def _lacks(row: DeviceRow, totals: Mapping[str, Totals]) -> str:
+    """What is still expected of a device; empty where nothing is."""
+    if row.failure:
+        return "failed: mend it and join again, or purge it"
+    if row.announcement is None:
+        return "not joined" if row.enrolled_at is None else "reading its data"
+    stored = totals.get(row.id, NOTHING).samples
+    return f"{stored} of {row.announcement.samples}" if stored < row.announcement.samples else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -142,7 +161,6 @@ def plot(run: RunFolder) -> Path:
     xs = sorted(steps)
     axes.plot(xs, [steps[x] for x in xs], color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.plot(xs, _smooth([steps[x] for x in xs]), color="tab:blue", label="training loss")
-    axes.set_ylim(bottom=0)
     name = "accuracy" if evaluations and "accuracy" in evaluations[0] else "perplexity"
     points = {
         int(event["step"]): event[name] for event in evaluations if event.get(name) is not None
@@ -207,9 +225,9 @@ def _forecasts(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _score(event: dict[str, Any]) -> float:
-    if event.get("accuracy") is not None:
-        return float(event["accuracy"])
-    return -float(event["loss"]) if event.get("loss") is not None else float("-inf")
+    """What the loop chose the best adapter by; None where it was not a number."""
+    score = event.get("score")
+    return float("-inf") if score is None else float(score)
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import evaluation
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.prepare import load_sliced, open_tokenizer, to_fastest
-from splitfrozen.server.store import Store
 from splitfrozen.training.evaluate import Evaluator
 from splitfrozen.training.evaluate import generate as continue_prompts
 from splitfrozen.training.precision import resolve
@@ -35,8 +34,7 @@ def evaluate(run: Path, data: str | None, adapter: str) -> Outcome:
     sliced = load_sliced(config)
     device = to_fastest(sliced)
     with tempfile.TemporaryDirectory() as scratch:
-        store = Store(Path(scratch))
-        evaluation.fill(store, source, folder, prepared, sliced)
+        store = evaluation.open_store(Path(scratch) / "data", source, folder, prepared, sliced)
         peft_model = adapters.open_adapter(sliced.model, which)
         method = SplitFrozen(sliced, peft_model, config.model.cut, config.model.name)
         measure = Evaluator(
@@ -62,12 +60,19 @@ def evaluate(run: Path, data: str | None, adapter: str) -> Outcome:
 def generate(run: Path, prompt: str, max_new_tokens: int, adapter: str) -> Outcome:
     """Continue a prompt greedily. Raises RequestError, StoreError, ModelError."""
     folder, prepared = _open(run)
-    if prepared.task.kind != "causal_lm" or max_new_tokens < 1:
+    if prepared.task.kind != "causal_lm":
         raise RequestError(
             "nothing can be generated",
-            got=f"a run for {prepared.task.kind}, --max-new-tokens {max_new_tokens}",
-            allowed="a run for causal_lm, 1 or more new tokens",
+            got=f"a run for {prepared.task.kind}",
+            allowed="a run for causal_lm",
             remedy="use `splitfrozen eval` for other tasks",
+        )
+    if max_new_tokens < 1:
+        raise RequestError(
+            "`--max-new-tokens` is wrong",
+            got=max_new_tokens,
+            allowed="1 or more",
+            remedy="leave it out for 256",
         )
     which = folder.adapter(adapter)
     tokenizer = open_tokenizer(folder, prepared)

@@ -16,24 +16,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from splitfrozen import logs
 from splitfrozen.data.readers import read_rows
-from splitfrozen.errors import SplitFrozenError
+from splitfrozen.disk import write_whole
+from splitfrozen.errors import DiskFullError, SplitFrozenError
 from splitfrozen.methods.splitfrozen import SplitFrozen
 from splitfrozen.model import adapters
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import Prepared, SampleTable
 from splitfrozen.runs import evaluation
-from splitfrozen.runs.attendance import Attendance, attendance, read_roster, write_roster
-from splitfrozen.runs.folder import RunFolder, write_atomically
+from splitfrozen.runs.attendance import Attendance, Silence, attendance, read_roster, write_roster
+from splitfrozen.runs.folder import NO_SPACE, STOPPED, RunFolder
 from splitfrozen.runs.prepare import load_sliced, prepare, to_fastest
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
@@ -50,8 +53,6 @@ REFRESH_S = 1.0
 """A shuffle window looks at the store so often: looking costs time that grows with the store."""
 PREDECESSOR_S = 30.0
 """How long a killed server's worker may take to end before ours gives up."""
-STOPPED = 3
-"""Exit code of a worker that was asked to stop; calling it again continues."""
 
 
 class Stopped(Exception):  # noqa: N818 -- not an error
@@ -68,7 +69,7 @@ class Workplace:
     sliced: SlicedModel
     prepared: Prepared
     stop: threading.Event
-    since: float
+    silence: Silence
 
     def pause(self) -> None:
         """Wait a moment for the devices. Raises Stopped."""
@@ -76,9 +77,8 @@ class Workplace:
             raise Stopped
 
     def attendance(self) -> Attendance:
-        patience_s = self.run.config.devices.patience_s
-        devices, totals = self.registry.devices(), self.store.totals()
-        return attendance(devices, totals, time.time(), self.since, patience_s)
+        devices = self.registry.devices()
+        return attendance(devices, self.store.totals(), self.silence.gone(devices))
 
     def at_cut(self) -> SampleTable:
         """What can be trained on."""
@@ -89,6 +89,7 @@ class Workplace:
 def work(run: RunFolder, stop: threading.Event) -> None:
     """Do everything that is left to do. Raises SplitFrozenError, Stopped."""
     registry, store = Registry(run.root), Store(run.store)
+    store.recover()
     if run.config.task.eval is not None:
         # A misspelt path is told now, not after the fronts are made.
         read_rows(run.config.task.eval, {}, report=lambda _: None)
@@ -97,7 +98,8 @@ def work(run: RunFolder, stop: threading.Event) -> None:
     # Until here a signal ends us at once: files are written whole or not at all.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    place = Workplace(run, registry, store, sliced, prepared, stop, time.time())
+    silence = Silence(run.config.devices.patience_s)
+    place = Workplace(run, registry, store, sliced, prepared, stop, silence)
     if registry.state().state == "preparing":
         registry.set_state("receiving")
     train(place)
@@ -139,8 +141,9 @@ def _evaluator(
     config = place.run.config
     if config.task.eval is None:
         return None
-    held_out = Store(place.run.evaluation)
-    evaluation.fill(held_out, config.task.eval, place.run, place.prepared, place.sliced)
+    held_out = evaluation.open_store(
+        place.run.evaluation, config.task.eval, place.run, place.prepared, place.sliced
+    )
     evaluator = Evaluator(
         method,
         held_out,
@@ -170,19 +173,22 @@ def _complete(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
 def _streaming(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
     """Wait until everybody has announced; the order draws from what is at the cut.
 
-    The number of samples is fixed then, as it sets the learning rate of every step.
+    Who takes part is fixed then, as the number of samples sets the learning rate of every step.
     """
-    config, total = place.run.config, place.run.training / "samples"
-    while not total.exists():
+    config, path = place.run.config, place.run.training / "announced.json"
+    while not path.exists():
         seen = place.attendance()
-        if seen.unannounced:
+        if seen.unannounced or not seen.announced:
             place.pause()
         else:
-            write_atomically(total, str(sum(seen.announced.values())).encode())
+            write_whole(path, msgspec.json.encode(seen.announced))
+    announced = msgspec.json.decode(path.read_bytes(), type=dict[str, int])
     window = ShuffleWindow(place.run.training / "ledger.jsonl", config.run.seed, config.run.window)
-    arrivals = _Lifting(place, lifter).arrivals
-    order = StreamingOrder(window, arrivals, config.run.seed, config.train.batch_size)
-    return order, int(total.read_text())
+    lifting = _Lifting(place, lifter)
+    order = StreamingOrder(
+        window, lambda: lifting.arrivals(announced), config.run.seed, config.train.batch_size
+    )
+    return order, sum(announced.values())
 
 
 class _Lifting:
@@ -199,17 +205,18 @@ class _Lifting:
         """Who is there now. What came since the last look is lifted; raises Stopped."""
         seen = self._place.attendance()
         if seen != self._seen:
-            # When all is in, blocks that gone devices left incomplete are lifted too.
-            announced = None if seen.complete else seen.announced
-            self._lifter.advance(self._place.store, announced, self._stop_between)
+            self._lifter.advance(self._place.store, self._stop_between)
             self._seen = seen
         return seen
 
-    def arrivals(self) -> Arrivals:
-        """What can be drawn, at most REFRESH_S old."""
-        if time.monotonic() - self._arrivals_at > REFRESH_S:
-            complete = self.look().complete
-            self._arrivals = Arrivals(self._place.at_cut(), complete)
+    def arrivals(self, devices: Collection[str]) -> Arrivals:
+        """What can be drawn of these devices, at most REFRESH_S old."""
+        due = time.monotonic() - self._arrivals_at > REFRESH_S
+        if due and not self._arrivals.complete:
+            complete = not set(self.look().missing).intersection(devices)
+            table = self._place.at_cut()
+            counted = np.array([device in devices for device in table.devices], bool)
+            self._arrivals = Arrivals(table.select(counted[table.device]), complete)
             self._arrivals_at = time.monotonic()
         return self._arrivals
 
@@ -249,14 +256,15 @@ class _Reporter:
                 self._bar.initial = self._bar.n = self._bar.last_print_n = int(event["step"])
             epoch = f"epoch {event['epoch'] + 1} of {self._epochs}, " if "epoch" in event else ""
             with self._bar.external_write_mode(file=sys.stderr):
-                log.info("%sstep %d: %s %s", epoch, event["step"], event["event"], _shown(event))
+                text = f"{epoch}step {event['step']}: {event['event']} {_shown(event)}"
+                log.info("%s", text.rstrip())
 
 
 def _shown(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name} {value:.4g}"
         for name, value in values.items()
-        if isinstance(value, int | float) and name not in ("step", "epoch")
+        if isinstance(value, int | float) and name not in ("step", "epoch", "score", "best")
     )
 
 
@@ -272,15 +280,24 @@ def main(folder: Path) -> int:
             work(run, stop)
     except Stopped:
         return STOPPED
+    except DiskFullError as error:
+        log.error("%s", error)
+        return NO_SPACE
     except SplitFrozenError as error:
         log.error("%s", error)
-        with contextlib.suppress(SplitFrozenError):
-            Registry(run.root).set_state("failed", str(error))
+        _fail(run, str(error))
         return error.exit_code
-    except Exception:
+    except Exception as error:
         log.exception("the worker failed")
+        _fail(run, f"{type(error).__name__}: {error}")
         return 1
     return 0
+
+
+def _fail(run: RunFolder, message: str) -> None:
+    """Say why for `status`, unless that fails too."""
+    with contextlib.suppress(SplitFrozenError):
+        Registry(run.root).set_state("failed", message)
 
 
 def _end_with_parent() -> None:

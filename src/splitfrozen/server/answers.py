@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from splitfrozen import errors
 from splitfrozen.errors import (
+    DiskFullError,
     PlanError,
     RefusedError,
     SplitFrozenError,
@@ -18,7 +19,6 @@ from splitfrozen.errors import (
 )
 from splitfrozen.records import Refusal
 from splitfrozen.server.auth import UnknownCredentialError
-from splitfrozen.server.database import DiskFullError
 
 RETRY_S = 2
 """What a device is asked to wait before it tries again."""

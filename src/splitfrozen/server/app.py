@@ -29,12 +29,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from splitfrozen.config import Config
-from splitfrozen.errors import (
-    RefusedError,
-    SplitFrozenError,
-    StoreError,
-    WireError,
-)
+from splitfrozen.errors import RefusedError, SplitFrozenError, StoreError, WireError
 from splitfrozen.records import (
     PROTOCOL,
     Announcement,
@@ -60,8 +55,8 @@ from splitfrozen.server.answers import (
     too_long,
 )
 from splitfrozen.server.assignment import front_of
-from splitfrozen.server.auth import UnknownCredentialError
-from splitfrozen.server.intake import Intake
+from splitfrozen.server.auth import bearer
+from splitfrozen.server.intake import Upload, receive
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 
@@ -161,10 +156,12 @@ class _Traffic:
 
 
 def enrol(services: Services, call: Call) -> Response:
+    """The one request without a secret: it brings a token, and the secret of all that follow."""
     return reply(services.registry.enrol(_message(call, Enrolment)))
 
 
 def run_info(services: Services, call: Call) -> Response:
+    """The probe is the shallowest front: a device that cannot run it can run none."""
     del call
     prepared, config = _prepared(services), services.config
     return reply(
@@ -192,6 +189,7 @@ def profile(services: Services, call: Call) -> Response:
 
 
 def assignment(services: Services, call: Call) -> Response:
+    """202 while the pace waits for the profiles of other devices."""
     config = services.config
     front = front_of(
         call.device, services.registry, _prepared(services), config.devices, config.wire.name
@@ -220,12 +218,15 @@ def probe(services: Services, call: Call) -> Response:
 
 
 def chunks(services: Services, call: Call) -> Response:
+    """What a device that starts again need not send again."""
     return reply(sorted(services.store.chunks(call.device)))
 
 
 def put_chunk(services: Services, call: Call) -> Response:
-    intake = Intake(services.store, services.registry, services.config.wire.name)
-    receipt = intake.receive(call.device, call.parameters["sha256"], call.body, _prepared(services))
+    """The receipt is given once the samples are on disk; 200 where none was new."""
+    upload = Upload(call.device, call.parameters["sha256"], call.body)
+    codec, prepared = services.config.wire.name, _prepared(services)
+    receipt = receive(upload, services.store, services.registry, codec, prepared)
     return reply(receipt, 201 if receipt.stored else 200)
 
 
@@ -235,6 +236,7 @@ def report(services: Services, call: Call) -> Response:
 
 
 def failure(services: Services, call: Call) -> Response:
+    """Escaped in the log: a message with line breaks cannot pose as other lines."""
     message = _message(call, Failure).message
     _log.warning("%s gives up: %s", call.device, message.encode("unicode_escape").decode())
     services.registry.fail(call.device, message)
@@ -282,14 +284,14 @@ def _serve(
     async def answer(request: Request) -> Response:
         device = ""
         if endpoint.policy == "device":
-            secret = _bearer(request)
+            secret = bearer(request.headers.get("Authorization", ""))
             device = await run_in_threadpool(services.registry.authenticate, secret)
         size = _declared(request, endpoint, longest)
         # Only chunks are long; what else is half received costs next to nothing.
         with traffic.admit(device, size) if endpoint.body == "chunk" else nullcontext():
             body = await _read(request, endpoint, size, limits.body_s)
             call = Call(device, request.path_params, body)
-            return await run_in_threadpool(endpoint.handler, services, call)
+            return await run_in_threadpool(_handle, services, endpoint, call)
 
     async def serve(request: Request) -> Response:
         try:
@@ -309,16 +311,12 @@ def _serve(
     return serve
 
 
-def _bearer(request: Request) -> str:
-    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not secret:
-        raise UnknownCredentialError(
-            "the request has no credential",
-            got="no bearer token",
-            allowed="Authorization: Bearer SECRET",
-            remedy="enrol first: splitfrozen join",
-        )
-    return secret
+def _handle(services: Services, endpoint: Endpoint, call: Call) -> Response:
+    response = endpoint.handler(services, call)
+    if call.device:
+        # A body may take minutes: who sent it was there until now, not only when it began.
+        services.registry.note_seen(call.device)
+    return response
 
 
 def _declared(request: Request, endpoint: Endpoint, longest: int) -> int:
@@ -328,9 +326,11 @@ def _declared(request: Request, endpoint: Endpoint, longest: int) -> int:
         if endpoint.body in ("none", "message"):
             return longest
         raise Answer(411, bad_body("no Content-Length", "a request that declares its length"))
-    if int(text[:20]) > longest:
+    # Python refuses to read numbers of thousands of digits, which may all be zeros.
+    size = int(text.lstrip("0")[:20] or "0")
+    if size > longest:
         raise too_long(longest)
-    return int(text)
+    return size
 
 
 async def _read(request: Request, endpoint: Endpoint, size: int, patience_s: float) -> bytes:

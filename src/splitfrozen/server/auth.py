@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import hmac
 import ipaddress
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from splitfrozen.disk import write_whole
 from splitfrozen.errors import RefusedError, StoreError
 
 LIFETIME = datetime.timedelta(days=3640)
@@ -99,6 +99,19 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def bearer(header: str) -> str:
+    """The secret in an Authorization header. Raises UnknownCredentialError where it has none."""
+    scheme, _, secret = header.partition(" ")
+    if scheme.lower() != "bearer" or not secret:
+        raise UnknownCredentialError(
+            "the request has no credential",
+            got="no bearer token",
+            allowed="Authorization: Bearer SECRET",
+            remedy="enrol first: splitfrozen join",
+        )
+    return secret
+
+
 def matches(secret: str, kept: str) -> bool:
     """Whether `kept` is the digest of `secret`, in constant time."""
     return hmac.compare_digest(digest(secret), kept)
@@ -121,15 +134,16 @@ def _make(certificate: Path, key: Path, names: Sequence[str], now: datetime.date
     )
     # The certificate comes last: without it the next start makes both anew.
     certificate.unlink(missing_ok=True)
-    _write(
+    write_whole(
         key,
         private.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         ),
+        mode=0o600,
     )
-    _write(certificate, made.public_bytes(serialization.Encoding.PEM))
+    write_whole(certificate, made.public_bytes(serialization.Encoding.PEM))
 
 
 def _name(name: str) -> x509.GeneralName:
@@ -137,17 +151,6 @@ def _name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name.encode("idna").decode("ascii"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that only its owner may read, so that it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _unusable(folder: Path, got: str) -> StoreError:

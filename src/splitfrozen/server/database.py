@@ -2,20 +2,25 @@
 
 Write-ahead log, `synchronous=FULL` (a committed transaction survives a power cut), short
 transactions. A network file system is refused: SQLite's locks do not hold there.
+
+SQLite locks with fcntl, and the kernel drops all such locks of a process on a file when the process
+closes any descriptor of that file. Then another process takes its own last connection for the last
+of all and deletes the log with what was committed. So nothing here, and nothing else in this
+package, may open an existing database but SQLite itself.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from splitfrozen.disk import disk_full, explained
 from splitfrozen.errors import StoreError
 
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -25,9 +30,7 @@ BUSY_S = 30.0
 IDLE_CONNECTIONS = 4
 SPARE_BYTES = 1 << 20
 
-
-class DiskFullError(StoreError):
-    """No space left: nothing was stored, and the same request will succeed once there is space."""
+_creating = threading.Lock()
 
 
 class Database:
@@ -42,6 +45,7 @@ class Database:
             version: of the schema; a file of another version is refused.
         """
         refuse_network_folder(path.parent)
+        _create(path)
         self._path = path
         self._idle: list[sqlite3.Connection] = []
         self._pool = threading.Lock()
@@ -70,7 +74,9 @@ class Database:
             try:
                 yield connection
             finally:
-                connection.execute("ROLLBACK")
+                # Some errors end the transaction; a second error would hide them.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -112,8 +118,6 @@ class Database:
         connection.close()
 
     def _connect(self) -> sqlite3.Connection:
-        # Made by hand first: the registry keeps join tokens, so nobody else may read it.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
         connection = sqlite3.connect(
             self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -141,44 +145,19 @@ class Database:
         )
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn OSError into StoreError, or DiskFullError where space is what is missing."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(path) from error
-        raise StoreError(
-            f"{path} cannot be used",
-            got=error.strerror or repr(error),
-            allowed="a folder on a local disk that this process may read and write",
-            remedy="check the disk and the permissions of the run folder",
-        ) from error
+def _create(path: Path) -> None:
+    """Make an empty file, as the registry keeps join tokens: only its owner may read it.
 
-
-def disk_full(path: Path) -> DiskFullError:
-    """The error of a disk that has no space for what goes to `path`."""
-    return DiskFullError(
-        f"no space left for {path}",
-        got=f"{free_bytes(path.parent)} bytes free",
-        allowed="space for the activations of all devices",
-        remedy="free space on this disk; devices try again by themselves",
-    )
+    One that exists is not opened. The lock keeps a second thread from opening it with SQLite before
+    the first has closed it here.
+    """
+    with _creating, explained(path), suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write."""
     return shutil.disk_usage(folder).free
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def refuse_network_folder(folder: Path, mounts: Path = Path("/proc/mounts")) -> None:

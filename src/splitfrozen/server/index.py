@@ -1,4 +1,8 @@
-"""The store's index: which sample is where. Functions on one connection, inside a transaction."""
+"""The store's index: which sample is where. Functions on one connection, inside a transaction.
+
+`chunks.sha256` is for audits and nothing reads it: the address under which a chunk was acknowledged
+is all that ties stored samples to the bytes that a device can show it sent.
+"""
 
 from __future__ import annotations
 
@@ -166,10 +170,10 @@ def all_samples(index: sqlite3.Connection) -> SampleTable:
     """Every row, sorted by key; a row is a Python object for a moment only."""
     names = dict(index.execute("SELECT id, name FROM devices WHERE samples > 0"))
     rows = index.execute(
-        "SELECT samples.device, sample, tokens, depth FROM samples "
+        "SELECT samples.device, sample, tokens, depth, chunk FROM samples "
         "JOIN segments ON segments.id = samples.segment"
     )
-    columns = ("device", "sample", "tokens", "depth")
+    columns = ("device", "sample", "tokens", "depth", "chunk")
     table = np.fromiter(rows, np.dtype([(name, np.int32) for name in columns]))
     numbers = sorted(names, key=names.__getitem__)
     rank = np.zeros(max(numbers, default=0) + 1, np.int32)
@@ -182,4 +186,5 @@ def all_samples(index: sqlite3.Connection) -> SampleTable:
         sample=table["sample"][order],
         tokens=table["tokens"][order],
         depth=table["depth"][order],
+        chunk=table["chunk"][order],
     )

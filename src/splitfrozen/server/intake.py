@@ -8,110 +8,109 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from splitfrozen.errors import RefusedError, WireError
-from splitfrozen.records import (
-    IGNORED,
-    EncodedSample,
-    FrameHeader,
-    FrontManifest,
-    Prepared,
-    Receipt,
-)
-from splitfrozen.server.registry import DeviceRow, Registry
+from splitfrozen.records import IGNORED, EncodedSample, FrameHeader, Prepared, Receipt, TaskSpec
+from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
-from splitfrozen.wire.frame import unpack
+from splitfrozen.wire.frame import Origin, unpack
 
 STRIKES = 3
 
 
-class Intake:
-    """Checks chunks of devices and hands them to the store."""
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What came: from whom (authenticated), the address under which it came, the body."""
 
-    def __init__(self, store: Store, registry: Registry, codec: str) -> None:
-        self._store = store
-        self._registry = registry
-        self._codec = codec
+    device: str
+    sha256: str
+    frame: bytes
 
-    def receive(self, device: str, sha256: str, frame: bytes, prepared: Prepared) -> Receipt:
-        """Check and store one chunk.
 
-        Args:
-            device: who was authenticated.
-            sha256: the address under which it came.
-            frame: the body.
-            prepared: fronts and task of the run.
+def receive(
+    upload: Upload, store: Store, registry: Registry, codec: str, prepared: Prepared
+) -> Receipt:
+    """Check and store one chunk.
 
-        Raises:
-            WireError: bytes that are not what they claim, or numbers out of range.
-            RefusedError: another run, device, front or codec; no assignment yet; quarantine.
-            DiskFullError, StoreError: nothing was stored.
-        """
-        row = self._registry.device(device)
-        if row.strikes >= STRIKES:
+    Args:
+        upload: the chunk.
+        store, registry: of the run.
+        codec: the name of the run's codec.
+        prepared: fronts and task of the run.
+
+    Raises:
+        WireError: bytes that are not what they claim, or numbers out of range.
+        RefusedError: another run, device, front or codec; no assignment yet; quarantine.
+        DiskFullError, StoreError: nothing was stored.
+    """
+    row = registry.device(upload.device)
+    if row.strikes >= STRIKES:
+        raise RefusedError(
+            f"{row.id} is in quarantine",
+            got=f"{row.strikes} bad chunks in a row",
+            allowed=f"fewer than {STRIKES}",
+            remedy="mend the device and start it again",
+        )
+    front = next((front for front in prepared.fronts if front.depth == row.depth), None)
+    if front is None or row.announcement is None:
+        raise RefusedError(
+            f"{row.id} is not ready to send",
+            got="a chunk",
+            allowed="an announcement and an assignment first",
+            remedy="start the device again",
+        )
+    origin = Origin(registry.run, row.id, front.hash, front.depth, front.width, codec)
+    try:
+        header, samples = _open(upload, origin)
+        _check_samples(samples, row.announcement.samples, prepared)
+        receipt = store.add(header, upload.sha256, samples)
+    except (WireError, RefusedError):
+        registry.strike(row.id)
+        raise
+    if row.strikes:
+        registry.forgive(row.id)
+    return receipt
+
+
+def _open(upload: Upload, origin: Origin) -> tuple[FrameHeader, list[EncodedSample]]:
+    """Take the frame apart. Raises WireError, and RefusedError where it is of another origin."""
+    found = hashlib.sha256(upload.frame).hexdigest()
+    if found != upload.sha256:
+        raise _bad(f"a chunk of {upload.device} is not what its address says", found, upload.sha256)
+    header, samples = unpack(upload.frame)
+    for what in (field.name for field in fields(Origin)):
+        got, expected = getattr(header, what), getattr(origin, what)
+        if got != expected:
             raise RefusedError(
-                f"{device} is in quarantine",
-                got=f"{row.strikes} bad chunks in a row",
-                allowed=f"fewer than {STRIKES}",
-                remedy="mend the device and start it again",
+                f"a chunk of {upload.device} is of another {what}",
+                got=got,
+                allowed=str(expected),
+                remedy="start the device again, so that it asks for its assignment",
             )
-        front = next((front for front in prepared.fronts if front.depth == row.depth), None)
-        if front is None or row.announcement is None:
-            raise RefusedError(
-                f"{device} is not ready to send",
-                got="a chunk",
-                allowed="an announcement and an assignment first",
-                remedy="start the device again",
-            )
-        try:
-            header, samples = self._check(row, sha256, frame, front)
-            _check_samples(samples, row.announcement.samples, prepared)
-            receipt = self._store.add(header, sha256, samples)
-        except (WireError, RefusedError):
-            self._registry.strike(device)
-            raise
-        if row.strikes:
-            self._registry.forgive(device)
-        return receipt
-
-    def _check(
-        self, row: DeviceRow, sha256: str, frame: bytes, front: FrontManifest
-    ) -> tuple[FrameHeader, list[EncodedSample]]:
-        found = hashlib.sha256(frame).hexdigest()
-        if found != sha256:
-            raise _bad(f"a chunk of {row.id} is not what its address says", found, sha256)
-        header, samples = unpack(frame)
-        for what, got, expected in (
-            ("run", header.run, self._registry.run),
-            ("device", header.device, row.id),
-            ("front", header.front, front.hash),
-            ("depth", header.depth, front.depth),
-            ("width", header.width, front.width),
-            ("codec", header.codec, self._codec),
-        ):
-            if got != expected:
-                raise RefusedError(
-                    f"a chunk of {row.id} is of another {what}",
-                    got=got,
-                    allowed=str(expected),
-                    remedy="start the device again, so that it asks for its assignment",
-                )
-        return header, samples
+    return header, samples
 
 
 def _check_samples(samples: Sequence[EncodedSample], announced: int, prepared: Prepared) -> None:
     task = prepared.task
-    limit = task.image_tokens if task.kind == "image" else task.max_tokens
     for sample in samples:
         name = f"sample {sample.sample}"
         if sample.sample >= announced:
             raise _bad(f"{name} was not announced", sample.sample, f"0..{announced - 1}")
-        if sample.tokens > limit:
-            raise _bad(f"{name} is too long", f"{sample.tokens} tokens", f"at most {limit}")
+        _check_length(name, sample.tokens, task)
         if task.kind == "causal_lm":
             _check_next_tokens(name, sample, prepared.vocabulary)
         else:
             _check_label(name, sample, len(task.labels))
+
+
+def _check_length(name: str, tokens: int, task: TaskSpec) -> None:
+    if task.kind == "image":
+        # All images have one size, and so one number of patches.
+        if tokens != task.image_tokens:
+            raise _bad(f"{name} has a wrong length", f"{tokens} tokens", str(task.image_tokens))
+    elif tokens > task.max_tokens:
+        raise _bad(f"{name} is too long", f"{tokens} tokens", f"at most {task.max_tokens}")
 
 
 def _check_next_tokens(name: str, sample: EncodedSample, vocabulary: int) -> None:

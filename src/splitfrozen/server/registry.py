@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from splitfrozen.disk import explained
 from splitfrozen.errors import RefusedError, StoreError
 from splitfrozen.records import (
     PROTOCOL,
@@ -29,7 +30,7 @@ from splitfrozen.records import (
     Enrolment,
 )
 from splitfrozen.server.auth import UnknownCredentialError, digest, matches, new_token
-from splitfrozen.server.database import Database, disk_errors
+from splitfrozen.server.database import Database
 
 State = Literal["preparing", "receiving", "training", "done", "failed", "stopped"]
 
@@ -45,7 +46,7 @@ CREATE TABLE IF NOT EXISTS devices (
     revoked INTEGER NOT NULL DEFAULT 0)
 """
 SEEN_S = 5.0
-"""`last_seen` is written at most so often; it may be older than the truth by as much."""
+"""What is written as a device's `last_seen` is at most so much older than its last request."""
 
 _COLUMNS = (
     "id, slot, name, version, enrolled_at, last_seen, announcement, profile, depth, report, "
@@ -102,17 +103,17 @@ class Registry:
             folder: of the run; its name is the run's.
             clock: seconds since 1970.
         """
-        with disk_errors(folder):
+        with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.run = folder.resolve().name
         self.clock = clock
         self._database = Database(folder / "registry.sqlite", SCHEMA, VERSION)
         self._seen: dict[str, float] = {}
-        self._seen_written = clock()
+        self._seen_written: dict[str, float] = {}
         self._seen_lock = threading.Lock()
 
     def close(self) -> None:
-        """Write what is pending and close."""
+        """Write the `last_seen` that is pending, SEEN_S of it at most, and close."""
         self._write_seen()
         self._database.close()
 
@@ -202,21 +203,23 @@ class Registry:
             raise _unknown("secret", "the secret of an enrolled device")
         if row[2]:
             raise _revoked(row[0])
-        self._note_seen(row[0])
+        self.note_seen(row[0])
         return str(row[0])
 
-    def _note_seen(self, device: str) -> None:
+    def note_seen(self, device: str) -> None:
+        """The device is there now. Written, for all, once what is written of it is SEEN_S old."""
+        now = self.clock()
         with self._seen_lock:
-            self._seen[device] = self.clock()
-            if self.clock() - self._seen_written < SEEN_S:
+            self._seen[device] = now
+            if now - self._seen_written.get(device, 0.0) < SEEN_S:
                 return
-            self._seen_written = self.clock()
         self._write_seen()
 
     def _write_seen(self) -> None:
         """One transaction for all devices: each costs a write to the disk."""
         with self._seen_lock:
             seen, self._seen = self._seen, {}
+            self._seen_written |= seen
         if seen:
             with self._database.write() as database:
                 database.executemany(
@@ -260,8 +263,12 @@ class Registry:
             )
 
     def report(self, device: str, report: DeviceReport) -> None:
-        """Keep what a device reports at its end; the last report counts."""
-        self._set(device, "report", msgspec.msgpack.encode(report))
+        """Keep what a device reports at its end.
+
+        The last report counts, but one of a start that found everything stored replaces none.
+        """
+        if report.chunks or self.device(device).report is None:
+            self._set(device, "report", msgspec.msgpack.encode(report))
 
     def fail(self, device: str, message: str) -> None:
         """Keep why a device cannot go on."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from splitfrozen.disk import explained, sync_folder
 from splitfrozen.records import Ints
-from splitfrozen.server.database import disk_errors, sync_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def segment_path(folder: Path, device: str, depth: int, number: int) -> Path:
 
 
 class OpenSegment:
-    """A segment that this thread may append to until the block of `open_segment` ends."""
+    """A segment that this thread may append to while it holds the lock of `locked`."""
 
     def __init__(self, number: int, path: Path, descriptor: int, committed: int) -> None:
         self.number = number
@@ -63,7 +63,7 @@ class OpenSegment:
         """Write one sample behind the others. Raises DiskFullError, StoreError."""
         tail = targets.astype("<i4").tobytes()
         start = self.end
-        with disk_errors(self._path):
+        with explained(self._path):
             self._write(payload)
             self._write(tail)
         crc32 = zlib.crc32(tail, zlib.crc32(payload))
@@ -71,7 +71,7 @@ class OpenSegment:
 
     def sync(self) -> None:
         """Make what was appended durable, and the file's name when it is new."""
-        with disk_errors(self._path):
+        with explained(self._path):
             os.fsync(self._descriptor)
             if self._committed == 0:
                 for folder in (self._path.parent, *self._path.parents[1:3]):
@@ -79,7 +79,7 @@ class OpenSegment:
 
     def undo(self) -> None:
         """Give back the space of what was appended and not committed."""
-        with disk_errors(self._path):
+        with explained(self._path):
             os.ftruncate(self._descriptor, self._committed)
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -93,11 +93,11 @@ class OpenSegment:
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
     """Open or create a segment's file and wait until nobody else appends to it."""
-    with disk_errors(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with disk_errors(path):
+        with explained(path):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:

@@ -6,7 +6,7 @@
 A sample counts as stored when its bytes and then its index row are on disk. The first stored
 wins: whatever comes later under the same key changes nothing, even when its bytes differ (a device
 whose runtime was upgraded sends other last bits), also after the sample was lifted. Several
-processes and threads may add, read and replace at once.
+processes and threads may add, read and replace at once; to open a store changes nothing in it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from splitfrozen.disk import explained
 from splitfrozen.errors import StoreError, WireError
 from splitfrozen.records import (
     Activation,
@@ -29,7 +30,7 @@ from splitfrozen.records import (
     SampleKey,
     SampleTable,
 )
-from splitfrozen.server.database import Database, disk_errors
+from splitfrozen.server.database import Database
 from splitfrozen.server.index import (
     SCHEMA,
     VERSION,
@@ -106,17 +107,38 @@ class Store:
         Raises:
             StoreError: a network file system, another version, or no permission.
         """
-        with disk_errors(folder):
+        with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._segments = folder / "segments"
         self._at = at
         self._segment_bytes = segment_bytes
         self._index = Database(folder / "index.sqlite", SCHEMA, VERSION)
-        self._sweep()
 
     def close(self) -> None:
         """Close the index; what was acknowledged is on disk already."""
         self._index.close()
+
+    def recover(self) -> None:
+        """Delete files that the index does not know: a crash came between row and file.
+
+        For who serves the run, at its start; others may use the store meanwhile. Files are
+        listed before rows are read, and a row is there before its file, so a file that another
+        process has just made is never taken for a dead one. Raises StoreError.
+        """
+        with explained(self._segments):
+            files = list(self._segments.glob("*/*.seg"))
+            with self._index.read() as index:
+                (known,) = index.execute("SELECT count(*) FROM devices").fetchone()
+                if files and not known:
+                    raise _no_index(self._segments)
+                rows = index.execute(
+                    "SELECT name, depth, segments.id FROM segments "
+                    "JOIN devices ON devices.id = device"
+                )
+                alive = {segment_path(self._segments, *row) for row in rows}
+            for path in files:
+                if path not in alive:
+                    path.unlink(missing_ok=True)
 
     # --- receiving ---------------------------------------------------------------------------
 
@@ -175,7 +197,7 @@ class Store:
             index.execute("DELETE FROM chunks WHERE device = ?", (number,))
             index.execute("DELETE FROM segments WHERE device = ?", (number,))
         self._at("purge committed")
-        self._sweep()
+        self.recover()
         self._at("purge unlinked")
 
     def _fresh(
@@ -268,7 +290,7 @@ class Store:
                 return
         self._at("lifted committed")
         for number, depth in dead:
-            with disk_errors(self._segments):
+            with explained(self._segments):
                 segment_path(self._segments, device, depth, number).unlink(missing_ok=True)
             self._at("segment unlinked")
 
@@ -350,24 +372,6 @@ class Store:
                     raise
                 return
 
-    def _sweep(self) -> None:
-        """Delete files that the index does not know: a crash came between row and file.
-
-        Files are listed before rows are read, and a row is there before its file, so a file that
-        another process has just made is never taken for a dead one.
-        """
-        with disk_errors(self._segments):
-            files = list(self._segments.glob("*/*.seg"))
-            with self._index.read() as index:
-                rows = index.execute(
-                    "SELECT name, depth, segments.id FROM segments "
-                    "JOIN devices ON devices.id = device"
-                )
-                alive = {segment_path(self._segments, *row) for row in rows}
-            for path in files:
-                if path not in alive:
-                    path.unlink(missing_ok=True)
-
 
 def _refuse_unreadable(header: FrameHeader, samples: Sequence[EncodedSample]) -> None:
     _check_name(header.device)
@@ -381,6 +385,15 @@ def _refuse_unreadable(header: FrameHeader, samples: Sequence[EncodedSample]) ->
         )
     for sample in samples:
         decoder.decode(sample.payload, sample.tokens, header.width)
+
+
+def _no_index(segments: Path) -> StoreError:
+    return StoreError(
+        f"{segments} holds activations that no index knows",
+        got="a new index.sqlite",
+        allowed="the index that was written with them",
+        remedy="restore index.sqlite; or delete the segments, and devices that join send again",
+    )
 
 
 def _check_name(device: str) -> None:

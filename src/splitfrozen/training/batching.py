@@ -27,9 +27,9 @@ import numpy.typing as npt
 import torch
 
 from splitfrozen import rng
+from splitfrozen.disk import explained, sync_folder
 from splitfrozen.errors import StoreError
 from splitfrozen.records import IGNORED, Activation, Ints, SampleKey, SampleTable
-from splitfrozen.training.checkpoint import sync_folder, writing
 
 
 def epoch_order(table: SampleTable, seed: int, epoch: int) -> Ints:
@@ -105,6 +105,13 @@ class Order(Protocol):
         """Return batch `index` of `epoch`: empty where the epoch is over, None if not yet known."""
         ...
 
+    def known(self, epoch: int, index: int) -> list[SampleKey]:
+        """Return batch `index` of `epoch`, which has begun; empty where it is over or not known.
+
+        Unlike `batch` it decides nothing.
+        """
+        ...
+
 
 class FixedOrder:
     """The order of an epoch over samples that are all known."""
@@ -121,6 +128,9 @@ class FixedOrder:
             self._epoch, self._rows = epoch, epoch_order(self._table, self._seed, epoch)
         start = index * self._batch_size
         return [self._table.key(row) for row in self._rows[start : start + self._batch_size]]
+
+    def known(self, epoch: int, index: int) -> list[SampleKey]:
+        return self.batch(epoch, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +170,11 @@ class StreamingOrder:
             self._later = FixedOrder(table, self._seed, self._batch_size)
         return self._later.batch(epoch, index)
 
+    def known(self, epoch: int, index: int) -> list[SampleKey]:
+        if epoch == 0:
+            return self._window.recorded(index)
+        return [] if self._later is None else self._later.known(epoch, index)
+
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
     """One line of the ledger."""
@@ -186,8 +201,9 @@ class ShuffleWindow:
         self._size = size
         self._codes: dict[str, int] = {}
         self._batches = _read_ledger(ledger)
-        self._drawn = self._encode(chain.from_iterable(self._batches))
-        if len(np.unique(self._drawn)) != len(self._drawn):
+        self._drawn = [self._encode(chain.from_iterable(self._batches))]
+        self._latest: tuple[SampleTable, npt.NDArray[np.bool_]] | None = None
+        if len(np.unique(self._drawn[0])) != len(self._drawn[0]):
             raise _damaged(ledger, "a sample that was drawn twice")
 
     def recorded(self, index: int) -> list[SampleKey]:
@@ -196,7 +212,7 @@ class ShuffleWindow:
 
     def drawn(self, table: SampleTable) -> SampleTable:
         """Return the rows of `table` that have been drawn."""
-        return _rows(table, np.flatnonzero(np.isin(self._row_codes(table), self._drawn)))
+        return table.select(self._taken(table))
 
     def draw(self, arrivals: Arrivals, batch_size: int) -> list[SampleKey] | None:
         """Draw and record the next batch.
@@ -209,20 +225,31 @@ class ShuffleWindow:
             StoreError: the ledger cannot be written; nothing was drawn.
         """
         table = arrivals.table
-        waiting = np.flatnonzero(~np.isin(self._row_codes(table), self._drawn))
+        taken = self._taken(table)
+        waiting = np.flatnonzero(~taken)
         if not arrivals.complete and len(waiting) < max(self._size, batch_size):
             return None
         number = len(self._batches)
-        chosen = rng.stream(self._seed, "window", number).permutation(waiting)[:batch_size]
+        draw = rng.stream(self._seed, "window", number)
+        chosen = draw.choice(waiting, min(batch_size, len(waiting)), replace=False)
         keys = [table.key(row) for row in chosen]
         if keys:
             self._append(_Record(number, [(key.device, key.sample) for key in keys]))
             self._batches.append(keys)
-            self._drawn = np.concatenate([self._drawn, self._encode(keys)])
+            self._drawn.append(self._encode(keys))
+            taken[chosen] = True
         return keys
 
+    def _taken(self, table: SampleTable) -> npt.NDArray[np.bool_]:
+        """bool [N], which rows were drawn; `draw` keeps it up to date for as long as it is asked
+        about the same table, as looking up every row takes far longer than a draw."""
+        if self._latest is None or self._latest[0] is not table:
+            taken = np.isin(self._row_codes(table), np.concatenate(self._drawn))
+            self._latest = (table, taken)
+        return self._latest[1]
+
     def _append(self, record: _Record) -> None:
-        with writing(self._ledger):
+        with explained(self._ledger):
             before = self._ledger.stat().st_size
             try:
                 with self._ledger.open("ab") as file:
@@ -274,10 +301,4 @@ def _damaged(path: Path, got: str) -> StoreError:
         got=got,
         allowed="one JSON record a line, each sample once",
         remedy="restore the file, or purge the run and start it anew",
-    )
-
-
-def _rows(table: SampleTable, rows: npt.NDArray[np.intp]) -> SampleTable:
-    return SampleTable(
-        table.devices, table.device[rows], table.sample[rows], table.tokens[rows], table.depth[rows]
     )

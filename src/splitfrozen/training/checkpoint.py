@@ -7,9 +7,6 @@ renamed, so a reader finds the old one or the new one, whole.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +16,7 @@ from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import StoreError
 
 _Natural = Annotated[int, Meta(ge=0)]
@@ -52,15 +50,9 @@ def write_checkpoint(path: Path, progress: Progress, tensors: dict[str, torch.Te
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         {"progress": msgspec.json.encode(progress).decode()},
     )
-    fresh = path.with_name(path.name + ".new")
-    with writing(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        sync_folder(path.parent)
+    write_whole(path, data)
 
 
 def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]] | None:
@@ -79,28 +71,3 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]] | No
             allowed="a checkpoint that this version wrote",
             remedy="restore the file, or delete it to train again from the first step",
         ) from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError from writing `path` into a StoreError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}",
-            got=error.strerror or str(error),
-            allowed="a writable folder on a disk with space",
-            remedy="free space and start the run again; it continues from its last checkpoint",
-        ) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames and new files in `path` durable (POSIX; elsewhere the system sees to it)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,16 +1,27 @@
 """Lifting: the frozen blocks between a device's depth and the cut, once for each sample.
 
-Which samples go through the model together changes the last bits of what comes out. So that a run
-which was interrupted lifts to the same bytes, a lifting batch is chosen by sample ids alone: ids
-[64 k, 64 k + 64) of one device form a block, a block is lifted when all of its samples are there,
-and its micro-batches are ordered by length. A block is written back by one `replace`, all or
-nothing, so no block is ever half lifted. 64 samples of usual length fill a GPU and keep what an
-interruption costs small.
+Which samples go through the model together changes the last bits of what comes out. A run that was
+interrupted, or whose chunks came in another order, has to lift to the same bytes, so a lifting
+batch is chosen by what neither changes:
+
+- A chunk's samples are stored in one transaction and the first stored wins, so what the store says
+  is of chunk k does not change once it says anything. What a device puts into chunk k follows from
+  its plan. So a stored chunk is whole, and can be lifted while the others are on their way.
+- All samples of a chunk, lifted or not, are ordered by (T, id) and cut into groups of GROUP. Like
+  lengths go together, which pads least, as they do in the device's own batches.
+- A group is written back by one `replace`, all or nothing, so after an interruption what is still
+  shallow are whole groups.
+
+A device whose plan changed (it was upgraded in the middle of a run) may send a chunk k that differs
+from the one that is stored, or samples that came before in another chunk. Each sample still belongs
+to one chunk and is lifted once; only the last bits then depend on what came first.
+
+64 samples of usual length fill a GPU, and keep what an interruption costs small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -22,8 +33,8 @@ from splitfrozen.records import Activation, ActivationStore, SampleKey, SampleTa
 from splitfrozen.training.batching import collate, split
 from splitfrozen.training.precision import autocast
 
-BLOCK = 64
-"""Samples that are lifted together."""
+GROUP = 64
+"""Samples that are lifted together, at most."""
 
 
 class Sliced(Protocol):
@@ -67,17 +78,14 @@ class Lifter:
     def advance(
         self,
         store: ActivationStore,
-        announced: Mapping[str, int] | None,
         progress: Callable[[int, int], None] = lambda *_: None,
     ) -> int:
-        """Lift every block that is whole.
+        """Lift everything that is shallower than the cut.
 
         Args:
             store: holds activations of any depth up to the cut.
-            announced: samples that each device will send, to know which blocks are whole; None
-                when no more will come: what is there is lifted.
-            progress: called after each block with the samples lifted and those to lift in this
-                call. It may raise, to stop between blocks.
+            progress: called after each group with the samples lifted and those to lift in this
+                call. It may raise, to stop between groups.
 
         Returns:
             Samples lifted.
@@ -85,12 +93,12 @@ class Lifter:
         Raises:
             StoreError: an activation is deeper than the cut.
         """
-        blocks = list(_blocks(store.samples(), self._cut, announced))
-        total = sum(len(block.samples) for block in blocks)
+        groups = list(_groups(store.samples(), self._cut))
+        total = sum(len(group.samples) for group in groups)
         done = 0
-        for block in blocks:
-            activations = store.read([SampleKey(block.device, id_) for id_ in block.samples])
-            store.replace(block.device, self._lift(activations))
+        for group in groups:
+            activations = store.read([SampleKey(group.device, id_) for id_ in group.samples])
+            store.replace(group.device, self._lift(activations))
             done += len(activations)
             progress(done, total)
         return done
@@ -109,15 +117,15 @@ class Lifter:
         return [lifted[a.sample] for a in activations]
 
 
-class _Block(NamedTuple):
-    """Samples of one device and depth that are lifted together, ids ascending."""
+class _Group(NamedTuple):
+    """Samples of one device, chunk and depth that are lifted together."""
 
     device: str
     samples: list[int]
 
 
-def _blocks(table: SampleTable, cut: int, announced: Mapping[str, int] | None) -> Iterator[_Block]:
-    """Yield the blocks to lift, in the order of keys."""
+def _groups(table: SampleTable, cut: int) -> Iterator[_Group]:
+    """Yield the groups to lift, by device and chunk."""
     if len(table) and int(table.depth.max()) > cut:
         row = int(table.depth.argmax())
         raise StoreError(
@@ -126,22 +134,16 @@ def _blocks(table: SampleTable, cut: int, announced: Mapping[str, int] | None) -
             allowed=f"1..{cut}, the cut",
             remedy="keep model.cut as it was when the run began",
         )
-    numbers = table.sample // BLOCK
-    shallow = np.flatnonzero(table.depth < cut)
-    sizes = {
-        (int(device), int(number)): int(count)
-        for (device, number), count in zip(
-            *np.unique(np.stack([table.device, numbers], 1), axis=0, return_counts=True),
-            strict=True,
-        )
-    }
-    by_block = groupby(
-        shallow, lambda row: (int(table.device[row]), int(numbers[row]), int(table.depth[row]))
+    order = np.lexsort((table.sample, table.tokens, table.chunk, table.device))
+    chunks = np.stack([table.device, table.chunk], 1)[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (chunks[1:] != chunks[:-1]).any(1)
+    places = np.arange(len(order))
+    numbers = (places - np.maximum.accumulate(np.where(first, places, 0))) // GROUP
+    # Samples of a chunk have one depth, unless two versions of a device sent it.
+    shallow = np.flatnonzero(table.depth[order] < cut)
+    by_group = groupby(
+        shallow, lambda at: (*chunks[at].tolist(), int(numbers[at]), int(table.depth[order[at]]))
     )
-    for (device, number, _), rows in by_block:
-        name = table.devices[device]
-        if announced is not None:
-            whole = min(BLOCK, announced.get(name, 0) - number * BLOCK)
-            if name not in announced or sizes[device, number] < whole:
-                continue
-        yield _Block(name, [int(table.sample[row]) for row in rows])
+    for (device, *_), members in by_group:
+        yield _Group(table.devices[device], [int(table.sample[order[at]]) for at in members])

@@ -1,7 +1,8 @@
 """THE training loop: every method trains with it, and says only what differs.
 
     for each epoch
-        for each batch          stop and checkpoint if asked; step; checkpoint now and then
+        for each batch          stop and checkpoint if asked; step; checkpoint now and then;
+                                meanwhile the next batch is read, if it is known already
         save the adapter, checkpoint, evaluate, keep the adapter if it is the best so far
 
 A run may be killed anywhere. It continues from its last checkpoint and, on the CPU, ends with the
@@ -17,6 +18,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,6 +27,7 @@ import msgspec
 import torch
 
 from splitfrozen.config import TrainSpec
+from splitfrozen.disk import explained
 from splitfrozen.errors import StoreError
 from splitfrozen.records import SampleKey
 from splitfrozen.training.batching import Order
@@ -32,7 +35,6 @@ from splitfrozen.training.checkpoint import (
     Progress,
     read_checkpoint,
     write_checkpoint,
-    writing,
 )
 from splitfrozen.training.evaluate import Evaluation
 from splitfrozen.training.optimise import (
@@ -85,8 +87,9 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """Hash over everything here that changes the result."""
-        # Neither moves anything but memory and the disk.
+        """Hash over everything here that changes what is learned."""
+        # They are about memory and the disk, and may be lowered while a run continues. With dropout
+        # other values are dropped then: one draw is as good as another.
         spec = msgspec.structs.replace(self.spec, micro_tokens=1, checkpoint_steps=1)
         return _hash([msgspec.to_builtins(spec), self.seed, self.samples, str(self.dtype)])
 
@@ -160,7 +163,7 @@ class _Fit(Generic[Item]):
         self, method: Method[Item], source: Source[Item], order: Order, job: Job, hooks: Hooks
     ) -> None:
         self._method = method
-        self._source = source
+        self._reader = _Reader(source)
         self._order = order
         self._job = job
         self._hooks = hooks
@@ -171,6 +174,10 @@ class _Fit(Generic[Item]):
 
     def run(self) -> Outcome:
         self._resume()
+        with self._reader:
+            return self._epochs()
+
+    def _epochs(self) -> Outcome:
         while self._at.epoch < self._job.spec.epochs:
             if self._hooks.should_stop():
                 self._checkpoint()
@@ -187,7 +194,8 @@ class _Fit(Generic[Item]):
     def _train(self, keys: list[SampleKey]) -> None:
         at = self._at
         try:
-            result = self._optimiser.step(self._source.read(keys), at.step)
+            items = self._reader.read(keys, self._order.known(at.epoch, at.index + 1))
+            result = self._optimiser.step(items, at.step)
         except NotFiniteError as error:
             samples = [f"{key.device}/{key.sample}" for key in keys]
             self._report("diverged", samples=samples)
@@ -215,13 +223,13 @@ class _Fit(Generic[Item]):
             if best and not math.isnan(evaluation.score):
                 self._save("best")
                 at.best = evaluation.score
-            self._report("evaluation", best=at.best, **evaluation.metrics)
+            self._report("evaluation", score=evaluation.score, best=at.best, **evaluation.metrics)
         at.epoch, at.index, at.last_batch = at.epoch + 1, 0, ""
         self._checkpoint()
 
     def _save(self, name: str) -> None:
         folder = self._job.folder / name
-        with writing(folder):
+        with explained(folder):
             self._method.save(folder)
 
     def _checkpoint(self) -> None:
@@ -266,6 +274,30 @@ class _Fit(Generic[Item]):
     @property
     def _path(self) -> Path:
         return self._job.folder / "checkpoint.safetensors"
+
+
+class _Reader(Generic[Item]):
+    """Reads a batch while the one before it is trained on; one more batch is in memory."""
+
+    def __init__(self, source: Source[Item]) -> None:
+        self._source = source
+        self._thread = ThreadPoolExecutor(1, "read ahead")
+        self._begun: tuple[list[SampleKey], Future[Sequence[Item]]] | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def read(self, keys: list[SampleKey], following: list[SampleKey]) -> Sequence[Item]:
+        """Return the items of `keys` and begin to read those of `following`."""
+        begun = self._begun
+        items = begun[1].result() if begun and begun[0] == keys else self._source.read(keys)
+        self._begun = None
+        if following:
+            self._begun = following, self._thread.submit(self._source.read, following)
+        return items
 
 
 def _hash(value: object) -> str:

@@ -2,7 +2,7 @@
 
 The batch goes through the model in micro-batches. Each micro-batch's summed loss is divided by the
 number of targets in the whole batch, which is known beforehand, so the gradient is that of the mean
-over the batch however it was split.
+over the batch however it was split. Dropout draws once a micro-batch, so its masks depend on that.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Optimiser(Generic[Item]):
     ) -> float | None:
         """Return the batch's loss, or None where memory ran out."""
         self._adam.zero_grad()
-        total = 0.0
+        losses: list[torch.Tensor] = []
         devices = [self._device] if self._device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices):
@@ -245,12 +245,13 @@ class Optimiser(Generic[Item]):
                     with autocast(self._device, self._dtype):
                         loss = self._method.loss(items) / max(1, targets)
                     loss.backward()  # type: ignore[no-untyped-call]
-                    total += float(loss.detach())
+                    losses.append(loss.detach())
+            # Reading a number waits for the GPU, so all are read at once.
+            return float(sum(torch.stack(losses).tolist()))
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             return None
-        return total
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -54,12 +54,9 @@ class _Version(msgspec.Struct):
     protocol: int
 
 
-def pack(origin: Origin, index: int, samples: Sequence[EncodedSample]) -> Chunk:
-    """Make chunk `index` of a device's plan. The same input gives the same bytes.
-
-    Raises WireError where `unpack` would refuse the result.
-    """
-    header = FrameHeader(
+def header_of(origin: Origin, index: int, samples: Sequence[EncodedSample]) -> FrameHeader:
+    """What a frame of these samples says of them; nothing is checked."""
+    return FrameHeader(
         protocol=PROTOCOL,
         run=origin.run,
         device=origin.device,
@@ -73,6 +70,14 @@ def pack(origin: Origin, index: int, samples: Sequence[EncodedSample]) -> Chunk:
         targets=tuple(len(sample.targets) for sample in samples),
         payloads=tuple(len(sample.payload) for sample in samples),
     )
+
+
+def pack(origin: Origin, index: int, samples: Sequence[EncodedSample]) -> Chunk:
+    """Make chunk `index` of a device's plan. The same input gives the same bytes.
+
+    Raises WireError where `unpack` would refuse the result.
+    """
+    header = header_of(origin, index, samples)
     _check(header)
     head = msgspec.msgpack.encode(header)
     _check_header_length(len(head))

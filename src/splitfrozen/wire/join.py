@@ -18,7 +18,8 @@ from splitfrozen.errors import RequestError
 SCHEME = "splitfrozen"
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _SHAPE = re.compile(
     rf"{SCHEME}://(?P<token>[^@/]*)@(?P<host>\[[^\]/]*\]|[^:/\[\]]*):(?P<port>[^:/]*)/(?P<print>.*)"
