@@ -153,6 +153,14 @@ def run(task: Work, uploader: Memory) -> DeviceReport:
     return upload_all(task, uploader, Progress(len(task.samples)), threading.Event())
 
 
+def stages_end() -> None:
+    """Wait for the threads; one that was told to stop may take a moment longer than STOP_S."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREADS):
+            thread.join(10)
+            assert not thread.is_alive(), f"{thread.name} goes on"
+
+
 def test_every_sample_arrives_once_and_is_what_the_front_made() -> None:
     rows, front, server = samples(), NumpyFront(), Memory()
     task = work(front, rows)
@@ -215,7 +223,7 @@ def test_an_error_of_any_stage_stops_the_others_and_comes_out_once() -> None:
         run(work(NumpyFront(value=np.inf), rows), Memory())
     with pytest.raises(ModelError, match="broken"):
         run(work(NumpyFront(fail_at=40), rows), Memory())
-    assert not [t for t in threading.enumerate() if t.name.startswith(THREADS)]
+    stages_end()
 
 
 def test_an_interrupt_stops_all_stages_even_in_a_blocked_upload() -> None:
@@ -246,7 +254,7 @@ def test_an_interrupt_stops_all_stages_even_in_a_blocked_upload() -> None:
     with pytest.raises(KeyboardInterrupt):
         upload_all(task, server, Progress(len(rows)), stop)
     assert interrupted == [True]
-    assert not [t for t in threading.enumerate() if t.name.startswith(THREADS)]
+    stages_end()
     rest = Memory()
     rest.frames = server.frames
     run(work(NumpyFront(), rows), rest)
@@ -653,6 +661,19 @@ def test_columns_are_renamed_for_this_device(
         server.join, str(data), None, columns, tmp_path / "s", 1, strict=False, patience=5.0
     )
     assert outcome.data["samples"] == 298
+
+
+def test_what_is_not_utf_8_is_said_without(server: FakeServer, data: Path, tmp_path: Path) -> None:
+    """As a shell gives it: a byte that is no text comes as a lone surrogate."""
+    spoilt = data.rename(tmp_path / "d\udcff.csv")
+    said = ("p\udcfcter", [], tmp_path / "s", 1)
+    join_command(server.join, str(spoilt), *said, strict=False, patience=5.0)
+    enrolment = server.last("/v1/enrol", Enrolment)
+    assert isinstance(enrolment, Enrolment)
+    assert enrolment.name == "p?ter"
+    with pytest.raises(DataError, match="bad row"):
+        join_command(server.join, str(spoilt), *said, strict=True, patience=5.0)
+    assert "d?.csv has a bad row" in str(server.last("/v1/failure", Failure))
 
 
 def test_a_device_loads_without_a_training_framework() -> None:

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from splitfrozen.config import Config, convert
+from splitfrozen.config import Config, ModelSpec, convert
 from splitfrozen.disk import disk_full
 from splitfrozen.errors import SplitFrozenError
 from splitfrozen.records import (
@@ -189,6 +189,24 @@ def refusal(response: httpx2.Response) -> tuple[int, str, str]:
     said = msgspec.msgpack.decode(response.content, type=Refusal)
     assert isinstance(said.message, str)
     return response.status_code, said.error, said.message
+
+
+def test_devices_hear_the_name_of_a_model_and_not_its_place(
+    services: Services, tmp_path: Path
+) -> None:
+    (tmp_path / "secret" / "my-model").mkdir(parents=True)
+    for name, told in (
+        (str(tmp_path / "secret" / "my-model"), "my-model"),
+        ("openai-community/gpt2", "openai-community/gpt2"),
+    ):
+        model = ModelSpec(name=name, cut=3)
+        changed = replace(services, config=msgspec.structs.replace(services.config, model=model))
+        with TestClient(build_app(changed)) as client:
+            world = World(changed, client)
+            if services.registry.tokens().keys() >= {"device-00"}:
+                world.enrol()
+            info = msgspec.msgpack.decode(world.call("GET", "/v1/run").content, type=RunInfo)
+        assert info.model == told
 
 
 # --- a device's life -------------------------------------------------------------------------

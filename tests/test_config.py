@@ -8,6 +8,7 @@ import pytest
 
 from splitfrozen import config
 from splitfrozen.errors import ConfigError
+from splitfrozen.wire.join import JoinString
 
 SMALL = '[model]\nname = "gpt2"\ncut = 3\n[task]\nlabels = ["a", "b"]\n[devices]\ncount = 2\n'
 
@@ -53,7 +54,32 @@ def test_dump_and_undump_are_inverse(tmp_path: Path) -> None:
         ("[wire]\nchunk_bytes = 1", "wire.chunk_bytes"),
         ("[server]\nport = 70000", "server.port"),
         ("[servers]\nport = 1", "did you mean `server`"),
-        ("[run]\nstart = 'now'", "run.start"),
+        ("[run]\nstart = 'now'", 'run.start.*allowed: "complete", "streaming"'),
+        ("[wire]\ncodec = 1", 'wire.codec.*got 1; allowed: "float32", "float16"'),
+        ("depth = 'deep'", "devices.depth.*'deep'.*\"auto\", a list"),
+        ("depth = [0, 1]", r"devices.depth\[0\].*got 0; .*>= 1"),
+        ("depth = [1, 'x']", r"devices.depth\[1\].*got 'x'; "),
+        ("gather_s = inf", "devices.gather_s.*got inf; allowed: a finite number"),
+        ("patience_s = nan", "devices.patience_s.*got nan; allowed: a finite number"),
+        ("[train]\nlr = inf", "train.lr.*got inf; allowed: a finite number"),
+        ("[train]\nclip = 1e999", "train.clip.*finite"),
+        ("[train]\nweight_decay = inf", "train.weight_decay.*finite"),
+        ("[train]\nepochs = 9223372036854775808", "train.epochs.*<= 9223372036854775807"),
+        ("[lora]\nalpha = nan", "lora.alpha.*finite"),
+        ("[lora]\ntargets = []", r"lora.targets.*got \[\]"),
+        ("[run]\nseed = -1", "run.seed.*got -1.*>= 0"),
+        ("[run]\nseed = 9223372036854775808", "run.seed.*<= 9223372036854775807"),
+        ("[run]\nfolder = ''", "run.folder.*got ''; allowed: a path"),
+        ('[run]\nfolder = "a\\u0000b"', "run.folder.*allowed: a path"),
+        ("[server]\nname = ''", "server.name.*got ''"),
+        ("[server]\nname = 'my machine'", "server.name.*'my machine'"),
+        (f"[server]\nname = '{'a' * 64}.org'", "server.name"),
+        ("[server]\nname = 'a..b'", "server.name"),
+        ("[server]\nname = 'fe80::1%eth0'", "server.name"),
+        ("[server]\nname = 'bücher.example'", "server.name.*write xn--bcher-kva.example"),
+        (f"[server]\nname = '{'ü' * 64}'", "server.name"),
+        ("[server]\nhost = ''", "server.host.*got ''"),
+        ("[server]\nhost = 'fe80::1%eth0'", "server.host"),
     ],
 )
 def test_errors_name_key_and_cure(tmp_path: Path, extra: str, message: str) -> None:
@@ -65,6 +91,9 @@ def test_errors_name_key_and_cure(tmp_path: Path, extra: str, message: str) -> N
     ("task", "message"),
     [
         ('labels = ["a"]', "task.labels"),
+        ('labels = ["a", "b", "a"]', "task.labels.*got 'a'; allowed: names that differ"),
+        ('labels = ["a", ""]', "task.labels.*got ''"),
+        ('labels = ["a", "b"]\neval = ""', "task.eval.*got ''"),
         ('kind = "causal_lm"\ntemplate = "Q:"', "task.template"),
         ('kind = "causal_lm"\nanswer = "####"', "task.answer.*one group"),
         ('kind = "causal_lm"\nanswer = "("', "task.answer.*regular expression"),
@@ -86,3 +115,30 @@ def test_what_is_not_toml_is_said_so(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         config.load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        "name = 'my_server-2.example.org'",
+        "name = '192.0.2.7'",
+        "name = '2001:db8::1'",
+        f"name = '{'a' * 63}.org'",
+        "host = 'fe80::1%eth0'\nname = 'here'",
+        "host = '::'",
+    ],
+)
+def test_names_that_a_join_string_takes(tmp_path: Path, server: str) -> None:
+    run = load(tmp_path, f"{SMALL}[server]\n{server}\n")
+    told = run.server.name or run.server.host
+    assert JoinString.parse(str(JoinString("t", told, 1, "0" * 64))).host == told
+
+
+def test_the_largest_seed_is_kept(tmp_path: Path) -> None:
+    run = load(tmp_path, SMALL + f"[run]\nseed = {2**63 - 1}\n")
+    assert config.undump(config.dump(run)).run.seed == 2**63 - 1
+
+
+def test_a_name_that_no_file_can_have_is_a_hub_name(tmp_path: Path) -> None:
+    name = "a" * 300
+    assert load(tmp_path, SMALL.replace("gpt2", name)).model.name == name

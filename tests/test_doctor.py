@@ -21,8 +21,10 @@ def test_this_installation_is_well() -> None:
     about = {finding["about"] for finding in findings}
     assert {"python", "onnxruntime", "tokenizers", "torch", "peft", "sqlite", "disk"} <= about
     assert not {"mypy", "pytest", "splitfrozen"} & about
-    assert len(told.text.splitlines()) == len(findings)
-    assert all(line.startswith(("ok  ", "!!  ")) for line in told.text.splitlines())
+    *lines, last = told.text.splitlines()
+    assert len(lines) == len(findings)
+    assert all(line.startswith(("ok  ", "!!  ")) for line in lines)
+    assert last == "device: ready; server: ready"
 
 
 def examine(folder: Path, requirement: str) -> tuple[int, dict[str, Any], str]:
@@ -48,15 +50,19 @@ def test_what_a_device_lacks_is_fatal(tmp_path: Path) -> None:
     assert code == 1
     assert (data["device"], data["server"]) == (False, False)
     [finding] = [one for one in data["findings"] if one["about"] == "no-such-package-at-all"]
-    assert (finding["found"], finding["remedy"]) == ("missing", "pip install splitfrozen")
-    assert "!!  no-such-package-at-all  missing  -> for a device: pip install splitfrozen" in text
+    remedy = "pip install splitfrozen, or in a clone: pip install ."
+    assert (finding["found"], finding["remedy"]) == ("missing", remedy)
+    assert f"!!  no-such-package-at-all  missing  -> for a device: {remedy}" in text
+    assert text.endswith(f"\ndevice: not ready ({remedy}); server: not ready ({remedy})\n")
 
 
 def test_what_only_a_server_needs_is_not(tmp_path: Path) -> None:
     code, data, text = examine(tmp_path, "no-such-package-at-all>=1; extra == 'server'")
     assert code == 0
     assert (data["device"], data["server"]) == (True, False)
-    assert "-> for a server: pip install 'splitfrozen[server]'" in text
+    remedy = "pip install 'splitfrozen[server]', or in a clone: pip install '.[server]'"
+    assert f"-> for a server: {remedy}" in text
+    assert text.endswith(f"\ndevice: ready; server: not ready ({remedy})\n")
 
 
 def test_other_extras_are_nobodys_need(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -24,8 +25,9 @@ from splitfrozen.config import (
     TaskConfig,
 )
 from splitfrozen.errors import ConfigError, StoreError
-from splitfrozen.records import Prepared, TaskSpec
+from splitfrozen.records import PROTOCOL, Enrolment, Prepared, TaskSpec
 from splitfrozen.runs.folder import Address, RunFolder
+from splitfrozen.server.registry import Registry
 from splitfrozen.wire.join import JoinString
 
 
@@ -58,9 +60,25 @@ def changed(config: Config) -> Config:
     return msgspec.structs.replace(config, model=ModelSpec(name="gpt2", cut=2), lora=LoraSpec(4))
 
 
-def test_a_changed_config_is_refused_and_named(run: RunFolder) -> None:
+def prepare(run: RunFolder) -> None:
     spec = TaskSpec(kind="classification", columns={}, labels=("a", "b"), max_tokens=8)
     run.write_prepared(Prepared(spec, None, (), 4, 8, 9, "0" * 64))
+
+
+def serve(run: RunFolder, enrol: bool) -> None:
+    """What a first start leaves: slots, and maybe a device in one of them."""
+    with closing(Registry(run.root)) as registry:
+        registry.ensure_slots(2)
+        if enrol:
+            token = registry.tokens()["device-00"]
+            registry.enrol(Enrolment(PROTOCOL, token, "s" * 32, "name", "version"))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_changed_config_is_refused_and_named(run: RunFolder, prepared: bool) -> None:
+    if prepared:
+        prepare(run)
+    serve(run, enrol=True)
     with pytest.raises(ConfigError, match=r"another model\.cut, lora\.rank;"):
         RunFolder.create(changed(wanted(run.root)))
     assert RunFolder(run.root).config == wanted(run.root)
@@ -75,6 +93,47 @@ def test_a_run_that_was_never_prepared_may_be_mended(run: RunFolder) -> None:
     more = msgspec.structs.replace(wanted(run.root), devices=DevicesSpec(count=3))
     with pytest.raises(ConfigError, match=r"devices\.count"):
         RunFolder.create(more)
+
+
+def test_what_was_prepared_for_nobody_is_prepared_anew(run: RunFolder) -> None:
+    prepare(run)
+    serve(run, enrol=False)
+    for name in ("evaluation", "training", "tokenizer", "files", "tls"):
+        (run.root / name).mkdir()
+        (run.root / name / "it").touch()
+    (run.root / "forecast.json").touch()
+    run.report({"event": "baseline"})
+    with run.lock("worker"):
+        RunFolder.create(changed(wanted(run.root)))
+        assert run.prepared() is not None, "it went under its worker"
+    assert RunFolder.create(wanted(run.root)).prepared() is not None, "nothing was changed"
+    mended = RunFolder.create(changed(wanted(run.root)))
+    assert mended.config == changed(wanted(run.root)) == RunFolder(run.root).config
+    assert mended.prepared() is None
+    left = {path.name for path in run.root.iterdir() if path.suffix not in (".lock", ".sqlite")}
+    assert left - {"registry.sqlite-wal", "registry.sqlite-shm"} == {"config.json", "files", "tls"}
+
+
+def at(root: Path, model: str, data: str) -> Config:
+    task = TaskConfig(labels=("a", "b"), eval=data)
+    return msgspec.structs.replace(wanted(root), model=ModelSpec(name=model, cut=3), task=task)
+
+
+def test_a_project_may_move_with_its_model_and_data(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run = RunFolder.create(at(root, "/old/model", "/old/test.csv"))
+    prepare(run)
+    serve(run, enrol=True)
+    moved = at(root, "/new/model", "/new/data/test.csv")
+    assert RunFolder.create(moved).config == RunFolder(root).config == moved
+    assert run.prepared() is not None
+    for model, data, key in (
+        ("/new/other", "/new/test.csv", r"model\.name"),
+        ("model", "/new/test.csv", r"model\.name"),
+        ("/new/model", "/new/dev.csv", r"task\.eval"),
+    ):
+        with pytest.raises(ConfigError, match=f"another {key};"):
+            RunFolder.create(at(root, model, data))
 
 
 def test_the_server_may_change_and_is_kept(run: RunFolder) -> None:
@@ -94,15 +153,38 @@ def test_a_folder_that_is_no_run_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(StoreError, match=r"not a run folder: got another config\.json"):
         RunFolder(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(StoreError, match="not a run folder"):
-        RunFolder(tmp_path)
+    for text in ("{", "[]", "null", '{"model_type": "\\ud800'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(StoreError, match=r"config\.json is damaged: got .*restore it"):
+            RunFolder(tmp_path)
+
+
+def test_a_damaged_config_is_not_taken_for_another_kind_of_file(run: RunFolder) -> None:
+    path = run.root / "config.json"
+    path.write_text(path.read_text().replace('"cut": 3', '"cut": null'))
+    with pytest.raises(
+        StoreError, match=r"config\.json is damaged: got `model\.cut` is wrong: None"
+    ):
+        RunFolder(run.root)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"host": 1}'])
+def test_damaged_files_are_named_with_what_makes_them_again(run: RunFolder, content: bytes) -> None:
+    for name, read in (("prepared.json", run.prepared), ("address.json", run.address)):
+        (run.root / name).write_bytes(content)
+        match = rf"{name} is damaged: .*delete it and run: splitfrozen serve .*made again"
+        with pytest.raises(StoreError, match=match):
+            read()
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_config(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"`run\.folder` cannot be made: got .*Not a directory"):
         RunFolder.create(wanted(tmp_path / "file" / "run"))
+    with pytest.raises(ConfigError, match=r"`run\.folder` has too long a name: got 300"):
+        RunFolder.create(wanted(tmp_path / ("a" * 300)))
+    with pytest.raises(ConfigError, match=r"`run\.folder` cannot be made: got .*name too long"):
+        RunFolder.create(wanted(tmp_path / ("a" * 300) / "run"))
 
 
 # --- one process at a time -----------------------------------------------------------------------
@@ -171,6 +253,8 @@ def test_a_torn_line_costs_nothing_but_itself(run: RunFolder) -> None:
         file.write('{"event": "step", "name": "ü'.encode()[:-1])
     assert [event["step"] for event in run.events("step")] == [1]
     run.report({"event": "step", "step": 2})
+    with (run.root / "metrics.jsonl").open("a") as file:
+        file.write('[]\n"step"\nnull\n1\n' + "[" * 100_000 + "\n")
     assert [event["step"] for event in run.events("step")] == [1, 2]
 
 
@@ -209,6 +293,11 @@ def test_the_address_makes_join_strings(run: RunFolder) -> None:
     found = run.address()
     assert found is not None
     assert JoinString.parse(found.join("token")) == JoinString("token", "::1", 8443, "a" * 64)
+
+
+def test_a_host_that_nobody_can_be_told_is_an_error_of_the_config() -> None:
+    with pytest.raises(ConfigError, match=r"got 'my machine'; .*set server\.name"):
+        Address("my machine", 8443, "a" * 64).join("token")
 
 
 def test_the_config_is_kept_as_it_was_started(run: RunFolder) -> None:

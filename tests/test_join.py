@@ -56,6 +56,8 @@ def test_repr_shows_no_token():
         (f"splitfrozen://{'x' * 101}@h:1/{PRINT}", "in its token: got 101"),
         (f"splitfrozen://{TOKEN}@:1/{PRINT}", "in its host"),
         (f"splitfrozen://{TOKEN}@a b:1/{PRINT}", "in its host"),
+        (f"splitfrozen://{TOKEN}@a..b:1/{PRINT}", "in its host"),
+        (f"splitfrozen://{TOKEN}@{'a' * 64}.org:1/{PRINT}", "in its host"),
         (f"splitfrozen://{TOKEN}@$(id):1/{PRINT}", "in its host"),
         (f"splitfrozen://{TOKEN}@[h]:1/{PRINT}", "in its host"),
         (f"splitfrozen://{TOKEN}@[fe80::1%eth0]:1/{PRINT}", "in its host"),

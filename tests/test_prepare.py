@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from splitfrozen.config import Config, convert
 from splitfrozen.data.readers import Row
 from splitfrozen.data.tasks import build_samples
-from splitfrozen.errors import ConfigError, ModelError
+from splitfrozen.errors import ConfigError, ModelError, StoreError
 from splitfrozen.records import FileRef, TaskSpec
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.prepare import load_sliced, open_tokenizer, prepare, task_spec, to_fastest
@@ -135,6 +135,16 @@ def test_devices_get_the_tokens_that_transformers_gives(models: Path, tmp_path: 
         assert (len(data), hashlib.sha256(data).hexdigest()) == (ref.bytes, ref.sha256)
     tokenizer = open_tokenizer(run, prepared)
     assert isinstance(tokenizer, tokenizers.Tokenizer)
+    assert prepared.tokenizer is not None
+    served = run.files / prepared.tokenizer.name
+    whole_file = served.read_bytes()
+    for damage in (b"", whole_file[:100], b"[]"):
+        served.write_bytes(damage)
+        with pytest.raises(StoreError, match=r"tokenizer .* cannot be opened.*delete .*prepared"):
+            open_tokenizer(run, prepared)
+    served.unlink()
+    with pytest.raises(StoreError, match=r"tokenizer .* cannot be opened.*delete .*prepared"):
+        open_tokenizer(run, prepared)
     rows = [Row("f", 1, {"text": "0 a b", "pair": "c 1", "label": "yes"})]
     [sample] = build_samples(rows, prepared.task, tokenizer, pytest.fail)
     whole = AutoTokenizer.from_pretrained(models / "bert-classification")

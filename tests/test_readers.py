@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from splitfrozen.data.readers import BadRow, Row, read_rows
+from splitfrozen.data.readers import LONGEST_FIELD, BadRow, Row, read_rows
 from splitfrozen.errors import DataError
 
 COLUMNS = {"text": "sentence", "label": "class"}
@@ -93,11 +94,28 @@ def test_an_open_quote_is_not_silently_a_row(tmp_path: Path):
     assert [row.line for row in bad] == [3]
 
 
-def test_an_open_quote_in_a_long_file_loses_no_more_than_a_field(tmp_path: Path):
-    content = 'sentence,class\n"open,1\n' + "some words that go on,1\n" * 20_000
-    rows, bad = read(write(tmp_path, "a.csv", content))
-    assert [row.line for row in bad] == [2]
-    assert len(rows) > 14_000
+@pytest.mark.parametrize("end", ['"', ""])
+def test_what_stands_in_quotes_never_becomes_a_row(tmp_path: Path, end: str):
+    swallowed = "open,1\n" + "some words that go on,1\n" * 20_000
+    rows, bad = read(write(tmp_path, "a.csv", f'sentence,class\ngood,1\n"{swallowed}{end},2\n'))
+    assert values(rows)[0] == (2, "good", "1")
+    if end:
+        assert values(rows)[1:] == [(3, swallowed, "2")]
+        assert not bad
+    else:
+        assert len(rows) == 1
+        assert [row.line for row in bad] == [3]
+        assert "is a quote of it open to the end?" in bad[0].reason
+
+
+def test_a_field_without_end_stops_the_reading(tmp_path: Path):
+    line = b"some words that go on,1\n"
+    content = b'sentence,class\ngood,1\n"open,1\n' + line * (LONGEST_FIELD // len(line) + 1)
+    path, bad, rows = write(tmp_path, "a.csv", content), [], []
+    with pytest.raises(DataError, match=r"line 3; allowed: .*is there a quote without its end\?"):
+        rows += read_rows(str(path), COLUMNS, bad.append)
+    assert [row.line for row in bad] == [3]
+    path.unlink()
 
 
 def test_strict_is_a_report_that_raises(tmp_path: Path):
@@ -250,6 +268,11 @@ def test_npz_that_cannot_be_used(tmp_path: Path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     with pytest.raises(DataError, match="cannot read"):
+        read(path, ARRAYS)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("image", b"no array")
+        archive.writestr("digit", b"no array")
+    with pytest.raises(DataError, match="got 'image', which is no array"):
         read(path, ARRAYS)
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig
@@ -23,15 +24,18 @@ REPORT = DeviceReport(
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    config = Config(
+def configured(folder: Path) -> Config:
+    return Config(
         model=ModelSpec(name="gpt2", cut=3),
         task=TaskConfig(labels=("a", "b")),
         devices=DevicesSpec(count=3),
-        run=RunSpec(folder=str(tmp_path / "mine")),
+        run=RunSpec(folder=str(folder)),
     )
-    return RunFolder.create(config)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(configured(tmp_path / "mine"))
 
 
 @pytest.fixture
@@ -166,6 +170,100 @@ def test_the_end_of_serve_has_a_plot_where_there_is_something_to_draw(
     assert told.data["plot"] == str(run.root / "curves.png")
     assert f"plot    {run.root / 'curves.png'}" in told.text
     assert told.exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["$x_$", "a$\\frac{$", "$$", "a_b^c", "100% {}"])
+def test_a_runs_name_is_no_formula(tmp_path: Path, name: str) -> None:
+    run = RunFolder.create(configured(tmp_path / name))
+    train(run)
+    assert pixels(summary.plot(run)).shape[0] > 300
+
+
+def test_a_plot_that_fails_costs_nothing_but_itself(
+    run: RunFolder, registry: Registry, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(run)
+    (run.root / "curves.png").mkdir()
+    told = summary.outcome(run, registry, store)
+    assert told.exit_code == 0
+    assert "plot" not in told.data
+    assert told.data["steps"] == 6
+    assert "no plot was made" in caplog.text
+
+
+def test_status_shows_the_plot_that_is_there(
+    run: RunFolder, registry: Registry, store: Store
+) -> None:
+    train(run)
+    assert "plot" not in summary.summarize(run, registry, store)
+    summary.plot(run)
+    assert summary.summarize(run, registry, store)["plot"] == str(run.root / "curves.png")
+
+
+DAMAGED = (
+    '{"event": "step"}\n{"event": "step", "step": "x"}\n{"event": "step", "step": 1e999}\n'
+    '{"event": "step", "step": 7, "loss": "x"}\n{"event": "evaluation"}\n[]\n'
+    '{"event": "evaluation", "epoch": 2, "score": "high", "accuracy": []}\n'
+    '{"event": "training"}\n{"event": "baseline", "accuracy": "x"}\n'
+)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_events_that_lack_something_are_left_out(
+    run: RunFolder, registry: Registry, store: Store, first: bool
+) -> None:
+    if first:
+        (run.root / "metrics.jsonl").write_text(DAMAGED)
+    train(run)
+    if not first:
+        with (run.root / "metrics.jsonl").open("a") as file:
+            file.write(DAMAGED)
+    registry.set_state("training")
+    assert summary.line(run, registry, store) == "training: step 7 of 6"
+    data = summary.outcome(run, registry, store).data
+    assert (data["steps"], data["accuracy_after"]) == (7, 0.75)
+    assert "plot" in data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"null",
+        b"{}",
+        b"[1, null, {}]",
+        b'[{"device": []}]',
+        b'[{"device": "device-00", "seconds": "x", "bytes": null}]',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_forecast_is_no_forecast(
+    run: RunFolder, registry: Registry, store: Store, content: bytes
+) -> None:
+    (run.root / "forecast.json").write_bytes(content)
+    data = summary.summarize(run, registry, store)
+    assert data["devices"][0]["forecast_seconds"] is None
+    assert summary.text(data)
+
+
+def test_absurd_numbers_and_long_failures_take_little_room(
+    run: RunFolder, registry: Registry, store: Store
+) -> None:
+    join(registry, "device-00", "a")
+    absurd = msgspec.structs.replace(REPORT, seconds=1e308, bytes_up=2**62)
+    registry.report("device-00", absurd)
+    registry.fail("device-00", "x" * 2000)
+    (run.root / "forecast.json").write_text(
+        '[{"device": "device-00", "seconds": -1e308, "bytes": 1e308}]'
+    )
+    data = summary.summarize(run, registry, store)
+    shown = summary.text(data)
+    assert "1e+308" in lines(shown)["device-00"] or "1e+308" in shown
+    assert max(map(len, shown.splitlines())) < 250
+    assert "x" * 200 + "..." in shown
+    assert data["devices"][0]["failure"] == "x" * 2000
 
 
 # --- one line ------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from splitfrozen import __version__
 from splitfrozen.records import Outcome
 
 LEAST_FREE_BYTES = 1 << 30
+DEVICE_INSTALL = "pip install splitfrozen, or in a clone: pip install ."
+SERVER_INSTALL = "pip install 'splitfrozen[server]', or in a clone: pip install '.[server]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,16 @@ def doctor() -> Outcome:
             {"about": f.about, "found": f.found, "remedy": f.remedy or None} for f in findings
         ],
     }
-    return Outcome(data, _text(findings), exit_code=int(fatal))
+    text = f"{_text(findings)}\n{_verdict(findings, 'device')}; {_verdict(findings, 'server')}"
+    return Outcome(data, text, exit_code=int(fatal))
+
+
+def _verdict(findings: list[Finding], side: str) -> str:
+    """Whether this machine can be a device or a server; a server needs what a device needs too."""
+    remedies = dict.fromkeys(
+        f.remedy for f in findings if f.remedy and (f.needed_for == "device" or side == "server")
+    )
+    return f"{side}: not ready ({'; '.join(remedies)})" if remedies else f"{side}: ready"
 
 
 def _text(findings: list[Finding]) -> str:
@@ -73,7 +84,7 @@ def _packages() -> list[Finding]:
             found, remedy = importlib.metadata.version(name[0]), ""
         except importlib.metadata.PackageNotFoundError:
             found = "missing"
-            remedy = "pip install 'splitfrozen[server]'" if extra else "pip install splitfrozen"
+            remedy = SERVER_INSTALL if extra else DEVICE_INSTALL
         findings.append(Finding(name[0], found, remedy, needed_for))
     return findings
 

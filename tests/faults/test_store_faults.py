@@ -178,7 +178,7 @@ def test_a_lost_index_is_told_and_nothing_is_deleted(tmp_path: Path) -> None:
     segment.parent.mkdir(parents=True)
     segment.write_bytes(b"activations of an index that was lost")
     store = Store(tmp_path)
-    with pytest.raises(StoreError, match="no index knows.*restore index"):
+    with pytest.raises(StoreError, match=r"no index knows.*restore index"):
         store.recover()
     store.close()
     assert segment.is_file()

@@ -147,7 +147,8 @@ def _csv_rows(source: str, reader: Any) -> Iterator[tuple[int, list[str] | str]]
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, f"not CSV: {error}"
+            hint = "; is a quote of it open to the end?" if "end of data" in str(error) else ""
+            yield line, f"not CSV: {error}{hint}"
             if "field larger than" in str(error):
                 # What follows is inside of its quotes: text that would be taken for rows.
                 raise _unusable(source, f"{error} in the row of line {line}", _ENDLESS) from error

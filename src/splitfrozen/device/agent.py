@@ -106,7 +106,7 @@ def join_command(
     request = JoinRequest(
         join=JoinString.parse(join),
         data=data,
-        name=(name or platform.node() or "device")[:100],
+        name=_sayable(name or platform.node() or "device")[:100],
         columns=dict(_renamed(column) for column in columns),
         state=state,
         threads=threads,
@@ -153,7 +153,8 @@ def be_device(request: JoinRequest) -> Joined:
             except (KeyboardInterrupt, UnreachableError):
                 raise
             except BaseException as error:
-                client.tell("/v1/failure", Failure(f"{type(error).__name__}: {error}"[:2000]))
+                message = _sayable(f"{type(error).__name__}: {error}")
+                client.tell("/v1/failure", Failure(message[:2000]))
                 raise
 
 
@@ -325,6 +326,11 @@ def _sleep(stop: threading.Event, seconds: float) -> None:
     """Sleep, but not on after a stop: an uploading thread must not hold up the end."""
     if stop.wait(seconds):
         raise InterruptedError
+
+
+def _sayable(text: str) -> str:
+    """Without what came from bytes that are not UTF-8, as names of files may: it cannot be sent."""
+    return text.encode(errors="replace").decode()
 
 
 def _renamed(column: str) -> tuple[str, str]:

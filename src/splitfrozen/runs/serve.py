@@ -33,6 +33,7 @@ from splitfrozen.planning.depth import Forecast, forecast
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import summary
 from splitfrozen.runs.folder import NO_SPACE, Address, RunFolder
+from splitfrozen.server import connections
 from splitfrozen.server.app import Services, build_app
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.auth import identity
@@ -104,11 +105,14 @@ class _Server:
             registry.set_state("preparing" if self._load_prepared() is None else "receiving")
         host = told_host(run.config)
         found = identity(run.root / "tls", [host, "localhost", "127.0.0.1"])
+        connections.raise_file_limit()
+        connections.quieten_accept()
         with _listening(run) as listener:
             self._invite(Address(host, listener.getsockname()[1], found.fingerprint))
             web = uvicorn.Server(
                 uvicorn.Config(
                     build_app(self._services()),
+                    http=connections.Connection,
                     ssl_certfile=found.certificate,
                     ssl_keyfile=found.key,
                     log_config=None,
@@ -130,7 +134,7 @@ class _Server:
                 remedy="restore registry.sqlite, or start a new run folder",
             )
 
-    def _serve(self, web: uvicorn.Server, listener: socket.socket) -> None:
+    def _serve(self, web: uvicorn.Server, listener: connections.Listener) -> None:
         """Run the web server and the worker until one of them ends."""
 
         def stop(*_: object) -> None:
@@ -143,7 +147,7 @@ class _Server:
         watcher = threading.Thread(target=self._watch, args=(web,), name="watcher")
         watcher.start()
         try:
-            web.run(sockets=[listener])
+            connections.run(web, listener)
         finally:
             self._stopping.set()
             watcher.join()
@@ -342,12 +346,12 @@ def forecast_table(expected: Sequence[Forecast]) -> str:
 
 
 @contextmanager
-def _listening(run: RunFolder) -> Iterator[socket.socket]:
+def _listening(run: RunFolder) -> Iterator[connections.Listener]:
     """A bound socket. A port that was free is kept from start to start: devices were told it."""
     server, before = run.config.server, run.address()
     port = server.port or (0 if before is None else before.port)
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    with connections.Listener(family, connections.most_connections()) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((server.host, port))

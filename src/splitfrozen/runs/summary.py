@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,12 @@ from splitfrozen.server.store import Store, Totals
 SHOWN_WAITING = 3
 """Devices that a line of progress names."""
 
+log = logging.getLogger("splitfrozen.summary")
+
+LONGEST_FAILURE = 200
+"""Characters of a device's failure that people are shown; all of it is in `--json`."""
+LARGEST = 1e12
+"""Numbers beyond it are shown in powers of ten: devices may say what they like."""
 NOTHING = Totals(samples=0, tokens=0, bytes=0)
 
 
@@ -25,15 +33,16 @@ def summarize(run: RunFolder, registry: Registry, store: Store) -> dict[str, Any
     totals, state = store.totals(), registry.state()
     expected = _forecasts(run.root / "forecast.json")
     before = next(iter(run.events("baseline")), {})
-    evaluations = run.events("evaluation")
+    evaluations = _events(run, "evaluation", "epoch")
     best = max(evaluations, key=_score, default={})
+    picture = run.root / "curves.png"
     return {
         "run": run.name,
         "folder": str(run.root),
         "state": state.state,
         "error": state.error,
-        "accuracy_before": before.get("accuracy"),
-        "accuracy_after": best.get("accuracy"),
+        "accuracy_before": _metrics(before).get("accuracy"),
+        "accuracy_after": _metrics(best).get("accuracy"),
         "before": _metrics(before),
         "after": _metrics(best),
         "epochs": len({event["epoch"] for event in evaluations}),
@@ -43,14 +52,15 @@ def summarize(run: RunFolder, registry: Registry, store: Store) -> dict[str, Any
             _device(row, totals.get(row.id, NOTHING), expected.get(row.id, {}))
             for row in registry.devices()
         ],
+        **({"plot": str(picture)} if picture.is_file() else {}),
     }
 
 
 def outcome(run: RunFolder, registry: Registry, store: Store) -> Outcome:
     """The end of `serve`: summary, comparison with the forecast, plot."""
+    if _events(run, "step", "step"):
+        _try_to_plot(run)
     data = summarize(run, registry, store)
-    if run.events("step"):
-        data["plot"] = str(plot(run))
     return Outcome(data, text(data))
 
 
@@ -75,7 +85,7 @@ def text(data: dict[str, Any]) -> str:
             _or_dash(device["depth"]),
             _or_dash(device["announced"]),
             str(device["samples"]),
-            f"{device['bytes_up'] / 1e6:.2f}",
+            _or_dash(_mega(device["bytes_up"]), ".2f"),
             _or_dash(_mega(device["forecast_bytes"]), ".2f"),
             _or_dash(device["seconds"], ".1f"),
             _or_dash(device["forecast_seconds"], ".1f"),
@@ -85,7 +95,7 @@ def text(data: dict[str, Any]) -> str:
     ]
     lines = [table(header, rows), ""]
     lines += [
-        f"{device['id']} failed: {_printable(device['failure'])}"
+        f"{device['id']} failed: {_printable(_cut(device['failure']))}"
         for device in data["devices"]
         if device["failure"] and not device["revoked"]
     ]
@@ -101,7 +111,7 @@ def text(data: dict[str, Any]) -> str:
 def line(run: RunFolder, registry: Registry, store: Store) -> str:
     """How far the run is, in one line."""
     state = registry.state().state
-    if state == "training" and (began := run.events("training")):
+    if state == "training" and (began := _events(run, "training", "steps")):
         return f"training: step {_steps(run)} of {began[-1]['steps']}"
     rows = [row for row in registry.devices() if not row.revoked]
     totals = store.totals()
@@ -151,20 +161,21 @@ def plot(run: RunFolder) -> Path:
     from matplotlib.figure import Figure
 
     # A resumed run reports some steps twice; the last one counts.
-    steps = {int(event["step"]): _number(event["loss"]) for event in run.events("step")}
+    steps = {event["step"]: _number(event.get("loss")) for event in _events(run, "step", "step")}
     evaluations = [{**event, "step": 0} for event in run.events("baseline")]
-    evaluations += run.events("evaluation")
+    evaluations += _events(run, "evaluation", "step")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimiser step", title=run.name)
+    axes = figure.add_subplot(xlabel="optimiser step")
+    # A name is no formula, whatever dollars are in it.
+    axes.set_title(run.name, parse_math=False)
     axes.set_ylabel("training loss", color="tab:blue")
     axes.grid(alpha=0.25)
     xs = sorted(steps)
     axes.plot(xs, [steps[x] for x in xs], color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.plot(xs, _smooth([steps[x] for x in xs]), color="tab:blue", label="training loss")
     name = "accuracy" if evaluations and "accuracy" in evaluations[0] else "perplexity"
-    points = {
-        int(event["step"]): event[name] for event in evaluations if event.get(name) is not None
-    }
+    points = {event["step"]: _number(event.get(name)) for event in evaluations}
+    points = {step: value for step, value in points.items() if not math.isnan(value)}
     if points:
         right = axes.twinx()
         right.set_ylabel(name, color="tab:orange")
@@ -178,8 +189,23 @@ def plot(run: RunFolder) -> Path:
     return path
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _try_to_plot(run: RunFolder) -> None:
+    """A run that was trained is not lost to its picture, which may be made of its file later."""
+    try:
+        plot(run)
+    except Exception as error:  # A drawing library raises what it likes.
+        log.warning("no plot was made: %s: %s", type(error).__name__, error)
+        with contextlib.suppress(OSError):
+            (run.root / "curves.png").unlink()
+
+
+def _events(run: RunFolder, kind: str, key: str) -> list[dict[str, Any]]:
+    """Events of a kind that have a whole number under `key`; damaged lines may lack it."""
+    return [event for event in run.events(kind) if type(event.get(key)) is int]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -215,24 +241,32 @@ def _device(row: DeviceRow, stored: Totals, expected: dict[str, Any]) -> dict[st
 
 
 def _steps(run: RunFolder) -> int:
-    return max((int(event["step"]) for event in run.events("step")), default=0)
+    return max((event["step"] for event in _events(run, "step", "step")), default=0)
 
 
 def _forecasts(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
+    """By device, what can be read of it: seconds and bytes."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return {str(one["device"]): one for one in json.loads(path.read_text())}
+    rows = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return {
+        str(one.get("device")): {key: value for key, value in one.items() if _number(value) >= 0}
+        for one in rows
+    }
 
 
 def _score(event: dict[str, Any]) -> float:
     """What the loop chose the best adapter by; None where it was not a number."""
-    score = event.get("score")
-    return float("-inf") if score is None else float(score)
+    score = _number(event.get("score"))
+    return float("-inf") if math.isnan(score) else score
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
     names = ("accuracy", "f1", "loss", "perplexity", "exact_match")
-    return {name: float(event[name]) for name in names if event.get(name) is not None}
+    found = {name: _number(event.get(name)) for name in names}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def _adapter(run: RunFolder) -> str | None:
@@ -247,9 +281,15 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_FAILURE else f"{text[:LONGEST_FAILURE]}..."
+
+
 def _mega(number: float | None) -> float | None:
     return None if number is None else number / 1e6
 
 
 def _or_dash(value: float | None, form: str = "") -> str:
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form if abs(value) < LARGEST else ".3g")

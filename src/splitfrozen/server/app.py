@@ -164,10 +164,12 @@ def run_info(services: Services, call: Call) -> Response:
     """The probe is the shallowest front: a device that cannot run it can run none."""
     del call
     prepared, config = _prepared(services), services.config
+    name = config.model.name
     return reply(
         RunInfo(
             run=services.registry.run,
-            model=config.model.name,
+            # Where it lies on this machine is nobody's business.
+            model=Path(name).name if Path(name).is_dir() else name,
             task=prepared.task,
             tokenizer=prepared.tokenizer,
             probe=min(prepared.fronts, key=lambda front: front.depth),
