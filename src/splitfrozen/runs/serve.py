@@ -115,7 +115,10 @@ class _Server:
                     http=connections.Connection,
                     ssl_certfile=found.certificate,
                     ssl_keyfile=found.key,
+                    ws="none",
                     log_config=None,
+                    # Below that uvicorn has a line for each bad request, which anybody may send.
+                    log_level="error",
                     access_log=False,
                     server_header=False,
                     timeout_graceful_shutdown=5,
