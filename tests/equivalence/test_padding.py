@@ -18,21 +18,11 @@ from splitfrozen.training.optimise import Optimiser
 
 SAMPLES = 7
 LORA = LoraSpec(rank=4, alpha=8.0)
-IDS = [
-    "gpt2-classification",
-    "gpt2-causal_lm",
-    "llama-classification",
-    "llama-causal_lm",
-    "gemma2-causal_lm",
-    "bert-classification",
-    "roberta-classification",
-    "vit-image",
-]
 
 
-@pytest.fixture(params=IDS)
-def run(request: pytest.FixtureRequest, tiny_run: Callable[..., Any]) -> Any:
-    made = tiny_run(request.param, samples=SAMPLES, lora=LORA)
+@pytest.fixture
+def run(family: Any, tiny_run: Callable[..., Any]) -> Any:
+    made = tiny_run(family.id, samples=SAMPLES, lora=LORA)
     # LoRA's B starts at zero, and with it the gradient of A.
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():

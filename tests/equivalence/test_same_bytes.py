@@ -23,18 +23,13 @@ class KilledError(Exception):
     """Stands for a kill after a step."""
 
 
-@pytest.fixture(params=["gpt2-classification", "llama-causal_lm"])
-def id_(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def train(id_: str, tiny_run: Callable[..., Any]) -> Callable[..., None]:
+def train(family: Any, tiny_run: Callable[..., Any]) -> Callable[..., None]:
     """`train(folder)` is a process that starts, trains (or continues) and ends."""
 
     def start(folder: Path, *, seed: int = 0, dropout: float = 0.2, **hooks: Any) -> None:
         lora = LoraSpec(rank=4, dropout=dropout)
-        run = tiny_run(id_, samples=SAMPLES, lora=lora, seed=seed)
+        run = tiny_run(family.id, samples=SAMPLES, lora=lora, seed=seed)
         evaluate = Evaluator(
             run.method, run, run.sliced.kind, micro_tokens=64, device=torch.device("cpu")
         )
