@@ -6,6 +6,8 @@
     [train]   TrainSpec     the optimisation
     [wire]    WireSpec      codec and chunk size
     [devices] DevicesSpec   how many, how deep, how long to wait for them
+    [method]  MethodSpec    how it is trained: SplitFrozen, or a method to compare it with
+    [data]    DataSpec      `train` and `partition`: the rows, and who holds which
     [server]  ServerSpec    where to listen
     [run]     RunSpec       folder, seed, start
 
@@ -36,6 +38,9 @@ Whole = Annotated[int, Meta(ge=1, le=LARGEST)]
 Natural = Annotated[int, Meta(ge=0, le=LARGEST)]
 Rate = Annotated[float, Meta(ge=0, lt=1)]
 Above0 = Annotated[float, Meta(gt=0)]
+
+_FILES = (("task", "eval"), ("data", "train"))
+"""Keys that name a file or folder of rows."""
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
@@ -162,6 +167,58 @@ class DevicesSpec(Spec, frozen=True):
             )
 
 
+MethodName = Literal["centralized", "fedlora", "splitlora", "sft", "fedsllm", "splitfrozen"]
+
+
+class MethodSpec(Spec, frozen=True):
+    """How the model is trained; docs/baselines.md says what follows which paper.
+
+    `reuse`: SplitFrozen's devices send an activation "once", or in every epoch anew ("never").
+    `shuffle`: how SplitFrozen mixes devices: over all samples ("global"), in a window of
+    `run.window` samples over what the devices send in turn, or not at all ("none": each batch is
+    of one device). `server`: SplitLoRA's server trains one model with the devices' batches in turn
+    ("shared") or a copy for each device ("per_device"). A round, after which devices' adapters are
+    averaged, is `local_epochs` epochs, or `local_steps` steps where that is given. `gradients`:
+    codec of what a server sends back."""
+
+    name: MethodName = "splitfrozen"
+    reuse: Literal["once", "never"] = "once"
+    shuffle: Literal["global", "window", "none"] = "global"
+    server: Literal["shared", "per_device"] = "shared"
+    local_epochs: Whole = 1
+    local_steps: Whole | None = None
+    gradients: str = "float32"
+
+    @property
+    def two_way(self) -> bool:
+        """Whether gradients come back to the devices."""
+        return self.name in ("splitlora", "sft", "fedsllm")
+
+
+class DataSpec(Spec, frozen=True):
+    """The rows of all devices together, for `train` and `partition`; devices of a served run
+    bring their own.
+
+    `train`: file or folder. `partition`: "iid"; "dirichlet" (label skew, by `alpha`); "quantity"
+    (sizes drawn from Dir(alpha)); "column" (one device for each value of `column`). `rows`: take
+    so many, drawn at random; all where it is left out."""
+
+    train: str
+    partition: Literal["iid", "dirichlet", "quantity", "column"] = "iid"
+    alpha: Above0 = 0.5
+    column: str | None = None
+    rows: Whole | None = None
+
+    def __post_init__(self) -> None:
+        if (self.partition == "column") != (self.column is not None):
+            raise _bad(
+                "data.column",
+                self.column,
+                'a column\'s name with partition = "column", and none without',
+                "give both or neither",
+            )
+
+
 class ServerSpec(Spec, frozen=True):
     """`host`: address to listen on. `port`: 0 picks a free one. `name`: the address that devices
     are told, by default this machine's name (or `host` where that is an address)."""
@@ -200,6 +257,8 @@ class Config(Spec, frozen=True):
     train: TrainSpec = TrainSpec()
     wire: WireSpec = WireSpec()
     server: ServerSpec = ServerSpec()
+    method: MethodSpec = MethodSpec()
+    data: DataSpec | None = None
 
     def __post_init__(self) -> None:
         depths = () if self.devices.depth == "auto" else self.devices.depth
@@ -220,14 +279,14 @@ class Config(Spec, frozen=True):
 
 
 def load(path: Path) -> Config:
-    """Read a run's TOML file. Raises ConfigError.
+    """Read a run's TOML file. Raises ConfigError."""
+    return complete(read_toml(path), path)
 
-    `run.folder` defaults to `runs/<name of the file>` in the working directory; relative paths in
-    `run.folder`, `task.eval` and `model.name` (where such a folder exists) are taken from the
-    file's folder.
-    """
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError."""
     try:
-        table = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}",
@@ -242,18 +301,29 @@ def load(path: Path) -> Config:
             allowed="TOML 1.0",
             remedy="mend that line",
         ) from error
+
+
+def complete(table: dict[str, Any], path: Path) -> Config:
+    """Make the config of a run of the tables of the file `path`. Raises ConfigError.
+
+    `run.folder` defaults to `runs/<name of the file>` in the working directory; relative paths in
+    `run.folder`, `task.eval`, `data.train` and `model.name` (where such a folder exists) are taken
+    from the file's folder.
+    """
     base = path.resolve().parent
-    for section, key in (("run", "folder"), ("task", "eval"), ("model", "name")):
+    for section, key in (*_FILES, ("run", "folder"), ("model", "name")):
         _refuse_no_path(table, section, key)
     run = table.setdefault("run", {})
     if isinstance(run, dict):
         run["folder"] = str(
             base / run["folder"] if isinstance(run.get("folder"), str) else Path("runs", path.stem)
         )
-    task, model = table.get("task"), table.get("model")
-    if isinstance(task, dict) and isinstance(task.get("eval"), str):
-        found = base / task["eval"]
-        task["eval"] = str(found) if _is_there(found) else task["eval"]
+    for section, key in _FILES:
+        part = table.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            found = base / part[key]
+            part[key] = str(found) if _is_there(found) else part[key]
+    model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("name"), str):
         folder = base / model["name"]
         model["name"] = str(folder) if _is_there(folder) and folder.is_dir() else model["name"]

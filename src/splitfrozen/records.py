@@ -332,11 +332,63 @@ class Refusal(Message, frozen=True):
     message: str
 
 
+# --- events ----------------------------------------------------------------------------------
+
+
+class Compute(Struct, frozen=True, tag_field="event", tag="compute"):
+    """Work of one party, as a forecast or as it was measured.
+
+    Events of one log are numbered 0, 1, 2 ... in the order in which they were written.
+
+    Attributes:
+        id: number of the event.
+        who: a device's id, "server", "server/0" .. for its pipeline stages, or "federated" for
+            the server of FedsLLM that sees adapters only.
+        phase: what is computed, such as "front", "lift", "forward", "backward", "weights".
+        step: optimiser step, or chunk, that it is part of.
+        flops: how much.
+        after: numbers of earlier events that must have ended.
+        begin_s, end_s: as measured, from the beginning of the log; None in a forecast.
+    """
+
+    id: int
+    who: str
+    phase: str
+    step: int
+    flops: float
+    after: tuple[int, ...] = ()
+    begin_s: float | None = None
+    end_s: float | None = None
+
+
+class Send(Struct, frozen=True, tag_field="event", tag="send"):
+    """Bytes from one party to another; the other attributes are those of `Compute`.
+
+    `phase` says what is sent: "activations", "gradients", "adapter".
+    """
+
+    id: int
+    source: str
+    target: str
+    phase: str
+    step: int
+    bytes: float
+    after: tuple[int, ...] = ()
+    begin_s: float | None = None
+    end_s: float | None = None
+
+
+Event = Compute | Send
+
+
 # --- chunks ----------------------------------------------------------------------------------
 
 
 class FrameHeader(Message, frozen=True):
-    """Head of a chunk; `wire.frame` says how it is laid out. Lists run over the chunk's samples."""
+    """Head of a chunk; `wire.frame` says how it is laid out. Lists run over the chunk's samples.
+
+    A reply with gradients is a frame, too; its samples have no targets.
+    """
 
     protocol: int
     run: Annotated[str, Meta(max_length=100)]
@@ -348,7 +400,7 @@ class FrameHeader(Message, frozen=True):
     codec: Annotated[str, Meta(max_length=40)]
     samples: tuple[Count, ...]
     tokens: tuple[Positive, ...]
-    targets: tuple[Positive, ...]
+    targets: tuple[Count, ...]
     payloads: tuple[Positive, ...]
 
 
@@ -418,6 +470,17 @@ class Uploader(Protocol):
 
     def put(self, chunk: Chunk) -> Receipt:
         """Return once the chunk is durable. Raises RefusedError or UnreachableError."""
+        ...
+
+
+class Exchange(Uploader, Protocol):
+    """An uploader whose server answers each chunk, for methods that train on the device too."""
+
+    def reply(self, index: int) -> bytes:
+        """Frame with the loss's gradient at the activations of chunk `index`, once it is known.
+
+        It holds the chunk's samples in the chunk's order. Raises RefusedError, UnreachableError.
+        """
         ...
 
 

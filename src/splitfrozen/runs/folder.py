@@ -39,7 +39,7 @@ NO_SPACE = 4
 """Exit code of a worker that found the disk full; calling it again, later, continues."""
 LONGEST_NAME = 100
 """Every frame carries the run's name, and its header bounds it."""
-MOVABLE = {("model", "name"), ("task", "eval")}
+MOVABLE = {("model", "name"), ("task", "eval"), ("data", "train")}
 """Paths that may change with the project's folder: the content of what is there is compared."""
 
 _StructT = TypeVar("_StructT", bound=msgspec.Struct)
@@ -318,10 +318,11 @@ def _no_run(root: Path, got: str) -> StoreError:
 
 def _differences(old: Config, new: Config) -> list[str]:
     before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
-    return [
+    sections = [name for name in before if name != "server" and before[name] and after[name]]
+    only_one = [name for name in before if bool(before[name]) != bool(after[name])]
+    return only_one + [
         f"{section}.{key}"
-        for section in before
-        if section != "server"
+        for section in sections
         for key in before[section]
         if (section, key) != ("run", "folder")
         and not ((section, key) in MOVABLE and _moved(before[section][key], after[section][key]))

@@ -176,9 +176,9 @@ def _check(header: FrameHeader) -> None:
         got = f"{sum(header.tokens)} tokens of width {header.width}"
         raise _wrong("has too many tokens", got, f"{MAX_DECODED_BYTES} bytes as float32")
     for tokens, targets in zip(header.tokens, header.targets, strict=True):
-        if targets not in (1, tokens):
+        if targets not in (0, 1, tokens):
             got = f"{targets} targets for {tokens} tokens"
-            raise _wrong("has a wrong number of targets", got, "one, or one a token")
+            raise _wrong("has a wrong number of targets", got, "none, one, or one a token")
 
 
 def _wrong(what: str, got: object, allowed: str) -> WireError:
