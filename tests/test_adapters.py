@@ -39,11 +39,12 @@ def answers(sliced: SlicedModel, model: Any) -> torch.Tensor:
         return model.eval()(**named).logits
 
 
-def test_exactly_the_maps_above_the_cut_are_adapted(family: Any) -> None:
+@pytest.mark.parametrize("cut", [0, 2])
+def test_exactly_the_maps_above_the_cut_are_adapted(family: Any, cut: int) -> None:
     sliced = SlicedModel(family.build())
-    wanted = sliced.linear_maps(2, sliced.block_count)
+    wanted = sliced.linear_maps(cut, sliced.block_count)
     before = answers(sliced, sliced.model)
-    peft_model = adapters.attach(sliced, LoraSpec(rank=2), cut=2, seed=0)
+    peft_model = adapters.attach(sliced, LoraSpec(rank=2), cut=cut, seed=0)
     names = set(adapters.trainable(peft_model))
     adapted = {name.split(".lora_")[0] for name in names if ".lora_" in name}
     assert adapted == {f"base_model.model.{name}" for name in wanted}
@@ -52,6 +53,26 @@ def test_exactly_the_maps_above_the_cut_are_adapted(family: Any) -> None:
         f"base_model.model.{name}" for name in sliced.head
     }
     torch.testing.assert_close(answers(sliced, peft_model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cut_divides_what_is_trained(family: Any) -> None:
+    sliced = SlicedModel(family.build())
+    names = list(adapters.trainable(adapters.attach(sliced, LoraSpec(rank=2), cut=0, seed=0)))
+    for cut in range(sliced.block_count + 1):
+        below = adapters.below(sliced, names, cut)
+        # In the order of `names`, and both matrices of each map.
+        assert below == [name for name in names if name in below]
+        maps = [f"base_model.model.{name}" for name in sliced.linear_maps(0, cut)]
+        wanted = [f"{name}.lora_{side}.default.weight" for name in maps for side in "AB"]
+        assert sorted(below) == sorted(wanted)
+    assert len(names) > len(wanted) or not sliced.head
+
+
+def test_block_1_is_not_block_10(tiny: Callable[..., Any]) -> None:
+    sliced = SlicedModel(tiny("gpt2-causal_lm", num_hidden_layers=12))
+    names = adapters.trainable(adapters.attach(sliced, LoraSpec(rank=2), cut=0, seed=0))
+    below = adapters.below(sliced, names, 2)
+    assert {name.split(".h.")[1].split(".")[0] for name in below} == {"0", "1"}
 
 
 def test_lora_depends_on_its_seed_alone(tiny: Callable[..., Any]) -> None:

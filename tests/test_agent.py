@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from splitfrozen.device.agent import JoinRequest, be_device, join_command
-from splitfrozen.device.pipeline import QUEUE, THREADS, Work, upload_all
+from splitfrozen.device.pipeline import QUEUE, THREADS, Work, merged, upload_all
 from splitfrozen.device.plan import plan_chunks
 from splitfrozen.device.progress import Progress
 from splitfrozen.device.state import DeviceState, hold, state_folder
@@ -48,6 +48,7 @@ from splitfrozen.records import (
     Announcement,
     Assignment,
     Chunk,
+    ChunkSpan,
     DeviceProfile,
     DeviceReport,
     Enrolled,
@@ -63,6 +64,7 @@ from splitfrozen.records import (
     Sample,
     TaskSpec,
 )
+from splitfrozen.server.reports import check_report
 from splitfrozen.wire.codec import codec
 from splitfrozen.wire.frame import Origin, unpack
 from splitfrozen.wire.join import JoinString
@@ -175,6 +177,59 @@ def test_every_sample_arrives_once_and_is_what_the_front_made() -> None:
     assert 0 < report.padding < 0.1
     assert report.seconds > 0
     assert min(report.compute_s, report.encode_s, report.upload_s) > 0
+    assert [span.first for span in report.spans] == [chunk.index for chunk in task.chunks]
+    assert [span.bytes for span in report.spans] == [len(server.frames[i]) for i in server.frames]
+    check_report(report, len(rows))
+
+
+def test_the_report_says_when_each_stage_worked_on_each_chunk() -> None:
+    rows, front = samples(), NumpyFront()
+    task = work(front, rows)
+
+    class Slow(Memory):
+        def put(self, chunk: Chunk) -> Receipt:
+            time.sleep(0.01)
+            return super().put(chunk)
+
+    spans = run(task, Slow()).spans
+    assert {(span.first, span.last, span.chunks) for span in spans} == {
+        (chunk.index, chunk.index, 1) for chunk in task.chunks
+    }
+    ends = [[begin + lasts for begin, lasts in (s.front, s.encode, s.send)] for s in spans]
+    for span, (front_end, encode_end, _) in zip(spans, ends, strict=True):
+        assert front_end <= span.encode[0]
+        assert encode_end <= span.send[0]
+        assert span.send[1] >= 0.01
+    for k in range(1, len(spans)):
+        # One chunk at a time in each stage, and no further ahead than the queues allow: what the
+        # event log takes for granted.
+        assert ends[k - 1][0] <= spans[k].front[0]
+        assert ends[k - 1][1] <= spans[k].encode[0]
+        assert ends[k - 1][2] <= spans[k].send[0]
+        if k >= 2 + QUEUE:
+            assert ends[k - 2 - QUEUE][1] <= spans[k].front[0]
+            assert ends[k - 2 - QUEUE][2] <= spans[k].encode[0]
+        if k >= 3 + 2 * QUEUE:
+            assert ends[k - 3 - 2 * QUEUE][2] <= spans[k].front[0]
+
+
+def test_many_spans_become_few_and_their_sums_stay() -> None:
+    spans = [
+        ChunkSpan(2 * i, 2 * i, 1, 10 + i, (i, 0.5), (i + 0.5, 0.25), (i + 0.75, 0.25))
+        for i in range(10)
+    ]
+    assert merged(spans, 10) == tuple(spans)
+    few = merged(spans, 4)
+    assert [(s.first, s.last, s.chunks) for s in few] == [
+        (0, 4, 3),
+        (6, 10, 3),
+        (12, 16, 3),
+        (18, 18, 1),
+    ]
+    assert few[1] == ChunkSpan(6, 10, 3, 42, (3, 1.5), (3.5, 0.75), (3.75, 0.75))
+    assert sum(s.bytes for s in few) == sum(s.bytes for s in spans)
+    check_report(DeviceReport(seconds=10.0, padding=0.0, spans=few), 19)
+    assert merged([], 4) == ()
 
 
 def test_a_restarted_device_computes_only_what_is_missing_and_makes_the_same_bytes() -> None:

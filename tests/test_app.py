@@ -24,10 +24,12 @@ from splitfrozen.config import Config, ModelSpec, convert
 from splitfrozen.disk import disk_full
 from splitfrozen.errors import SplitFrozenError
 from splitfrozen.records import (
+    MAX_SPANS,
     PROTOCOL,
     Announcement,
     Assignment,
     Chunk,
+    ChunkSpan,
     DeviceProfile,
     DeviceReport,
     EncodedSample,
@@ -42,7 +44,7 @@ from splitfrozen.records import (
     RunInfo,
     TaskSpec,
 )
-from splitfrozen.server.app import ENDPOINTS, Limits, Services, build_app
+from splitfrozen.server.app import ENDPOINTS, MESSAGE_BYTES, Limits, Services, build_app
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import CrashPoint, Store
 from splitfrozen.wire.codec import codec
@@ -170,9 +172,9 @@ def enrolment(token: str, secret: str) -> Enrolment:
 
 ANNOUNCED = Announcement(samples=10, tokens=30, skipped=0, digest="a" * 64)
 PROFILE = DeviceProfile(flops=1e9, memory_bytes=1 << 30, uplink_bps=1e7, cores=2, platform="Linux")
-REPORT = DeviceReport(
-    seconds=9.0, compute_s=5.0, encode_s=1.0, upload_s=4.0, bytes_up=7, chunks=2, padding=0.1
-)
+SPAN = ChunkSpan(2, 3, 2, 7, (0.0, 5.0), (1.0, 1.0), (2.0, 4.0))
+LATER = ChunkSpan(5, 5, 1, 7, (5.0, 1.0), (6.0, 1.0), (7.5, 1.5))
+REPORT = DeviceReport(seconds=9.0, padding=0.1, spans=(SPAN, LATER))
 
 
 def origin(manifest: FrontManifest, device: str = "device-00") -> Origin:
@@ -495,6 +497,50 @@ def test_messages_that_are_none(world: World, path: str, body: bytes) -> None:
     response = world.client.post(path, content=body, headers=world.bearer())
     assert refusal(response)[:2] == (400, "WireError")
     assert world.services.registry.devices() == before
+
+
+def span_with(**changes: object) -> DeviceReport:
+    """The good report, its second span changed."""
+    return msgspec.structs.replace(REPORT, spans=(SPAN, msgspec.structs.replace(LATER, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("report", "match"),
+    [
+        (msgspec.structs.replace(REPORT, seconds=-1.0), "lasts too long"),
+        (msgspec.structs.replace(REPORT, seconds=1e12), "lasts too long"),
+        (msgspec.structs.replace(REPORT, padding=-1.0), "wrong padding"),
+        (msgspec.structs.replace(REPORT, spans=(LATER, SPAN)), "chunks that cannot be"),
+        (msgspec.structs.replace(REPORT, spans=(SPAN, SPAN)), "chunks that cannot be"),
+        (span_with(last=10), "chunks that cannot be: got 5..10; allowed: ascending, 4..9"),
+        (span_with(first=5, last=4), "chunks that cannot be"),
+        (span_with(chunks=2), "counts chunks 5..5 wrong: got 2; allowed: at most 1"),
+        (span_with(bytes=2**60), "too many bytes"),
+        (span_with(front=(-0.1, 1.0)), "wrong `front` of chunk 5"),
+        (span_with(front=(5.0, -1.0)), "wrong `front`"),
+        (span_with(front=(np.nan, 1.0)), "wrong `front`"),
+        (span_with(front=(5.0, np.inf)), "wrong `front`"),
+        (span_with(encode=(4.0, 1.0)), "wrong `encode`"),
+        (span_with(send=(1.5, 0.1)), "wrong `send`"),
+        (span_with(send=(7.5, 2.0)), "wrong `send`"),
+        (msgspec.structs.replace(REPORT, spans=(SPAN,) * (MAX_SPANS + 1)), "Expected `array`"),
+        (span_with(bytes=0), ">= 1"),
+    ],
+)
+def test_reports_that_cannot_be_true(world: World, report: DeviceReport, match: str) -> None:
+    world.ready()
+    status, error, message = refusal(world.call("POST", "/v1/report", report))
+    assert (status, error) == (400, "WireError")
+    assert match in message
+    assert world.services.registry.device("device-00").report is None
+    assert world.call("POST", "/v1/report", REPORT).status_code == 204
+
+
+def test_the_longest_report_is_a_message() -> None:
+    huge = 2**53
+    span = ChunkSpan(huge, huge, huge, huge, (0.1, 0.1), (0.1, 0.1), (0.1, 0.1))
+    longest = DeviceReport(seconds=0.1, padding=0.1, spans=(span,) * MAX_SPANS)
+    assert len(msgspec.msgpack.encode(longest)) < MESSAGE_BYTES
 
 
 def test_a_changed_announcement_is_refused(world: World) -> None:

@@ -27,6 +27,7 @@ RANKS = {
     "device": 4,
     "training": 4,
     "planning": 4,
+    "simulation": 4,
     "server": 5,
     "methods": 5,
     "runs": 6,

@@ -27,17 +27,23 @@ def test_defaults_and_folder(tmp_path: Path) -> None:
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
-    (tmp_path / "test.csv").touch()
+    for name in ("test.csv", "train.csv"):
+        (tmp_path / name).touch()
     text = SMALL.replace('"gpt2"', '"models"').replace("[task]", '[task]\neval = "test.csv"')
-    run = load(tmp_path, text + '[run]\nfolder = "out"\n')
+    run = load(tmp_path, text + '[run]\nfolder = "out"\n[data]\ntrain = "train.csv"\n')
+    assert run.data is not None
+    assert run.data.train == str(tmp_path / "train.csv")
     assert run.model.name == str(tmp_path / "models")
     assert run.task.eval == str(tmp_path / "test.csv")
     assert run.folder == tmp_path / "out"
 
 
 def test_dump_and_undump_are_inverse(tmp_path: Path) -> None:
-    run = load(tmp_path, SMALL + "depth = [1, 3]\n[lora]\ntargets = ['query']\n")
-    assert config.undump(config.dump(run)) == run
+    text = SMALL + "depth = [1, 3]\n[lora]\ntargets = ['query']\n[method]\nname = 'sft'\n"
+    for data in ("", "[data]\ntrain = 'rows.csv'\nalpha = 0.1\n"):
+        run = load(tmp_path, text + data)
+        assert config.undump(config.dump(run)) == run
+        assert (run.data is None) == (data == "")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,18 @@ def test_dump_and_undump_are_inverse(tmp_path: Path) -> None:
         ("[server]\nname = 'bücher.example'", "server.name.*write xn--bcher-kva.example"),
         (f"[server]\nname = '{'ü' * 64}'", "server.name"),
         ("[server]\nhost = ''", "server.host.*got ''"),
+        ("[method]\nname = 'fedprox'", 'method.name.*allowed: "centralized", "fedlora"'),
+        ("[method]\nshufle = 'none'", "`method.shufle`.*did you mean `method.shuffle`"),
+        ("[method]\nlocal_steps = 0", "method.local_steps.*got 0; .*>= 1"),
+        ("[data]\npartition = 'iid'", "train"),
+        ("[data]\ntrain = ''", "data.train.*got ''"),
+        ("[data]\ntrain = 'a.csv'\npartitoin = 'iid'", "did you mean `data.partition`"),
+        ("[data]\ntrain = 'a.csv'\npartition = 'odd'", 'data.partition.*"iid", "dirichlet"'),
+        ("[data]\ntrain = 'a.csv'\nalpha = 0", "data.alpha"),
+        ("[data]\ntrain = 'a.csv'\nalpha = inf", "data.alpha.*finite"),
+        ("[data]\ntrain = 'a.csv'\nrows = 0", "data.rows"),
+        ("[data]\ntrain = 'a.csv'\ncolumn = 'x'", "data.column.*give both or neither"),
+        ("[data]\ntrain = 'a.csv'\npartition = 'column'", "data.column.*give both or neither"),
         ("[server]\nhost = 'fe80::1%eth0'", "server.host"),
     ],
 )
@@ -97,6 +115,10 @@ def test_errors_name_key_and_cure(tmp_path: Path, extra: str, message: str) -> N
         ('kind = "causal_lm"\ntemplate = "Q:"', "task.template"),
         ('kind = "causal_lm"\nanswer = "####"', "task.answer.*one group"),
         ('kind = "causal_lm"\nanswer = "("', "task.answer.*regular expression"),
+        (
+            'kind = "causal_lm"\n[data]\ntrain = "a.csv"\npartition = "dirichlet"',
+            "data.partition.*no labels",
+        ),
     ],
 )
 def test_tasks_check_themselves(tmp_path: Path, task: str, message: str) -> None:

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -240,12 +240,18 @@ def _options() -> list[tuple[str, str, object]]:
     """Section, key and value of every line of the file's block, those in comments too."""
     found, where = [], ""
     for line in blocks(text("docs/configuration.md"), "toml")[0].splitlines():
-        header = re.fullmatch(r"\[(\w+)\]", line.strip())
+        header = re.fullmatch(r"\[(\w+)\](?: +#.*)?", line.strip())
         where = header[1] if header else where
         if re.match(r"(# )?\w+ = ", line):
             [(key, value)] = tomllib.loads(line.removeprefix("# ")).items()
             found.append((where, key, value))
     return found
+
+
+def _sections() -> list[tuple[Any, Any]]:
+    """Each section with the spec of its keys, also where it may be `None`."""
+    parts = msgspec.structs.fields(config.Config)
+    return [(part, next(iter(get_args(part.type)), part.type)) for part in parts]
 
 
 def _defaults() -> dict[tuple[str, str], object]:
@@ -255,8 +261,8 @@ def _defaults() -> dict[tuple[str, str], object]:
         else key.default_factory()
         if key.default_factory is not msgspec.NODEFAULT
         else None
-        for part in msgspec.structs.fields(config.Config)
-        for key in msgspec.structs.fields(part.type)
+        for part, kind in _sections()
+        for key in msgspec.structs.fields(kind)
     }
 
 
@@ -274,11 +280,11 @@ def test_every_option_is_documented_with_its_default() -> None:
 
 
 def test_what_an_option_may_be_is_said_beside_it() -> None:
-    [file] = blocks(text("docs/configuration.md"), "toml")
+    file = "\n" + blocks(text("docs/configuration.md"), "toml")[0]
     checked = 0
-    for part in msgspec.structs.fields(config.Config):
-        schema = msgspec.json.schema(part.type)["$defs"][part.type.__name__]["properties"]
-        said = file.partition(f"[{part.name}]")[2].partition("\n[")[0]
+    for part, kind in _sections():
+        schema = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
+        said = file.partition(f"\n[{part.name}]")[2].partition("\n[")[0]
         for key, value in schema.items():
             [line] = re.findall(rf"^(?:# )?{key} = .*$", said, re.MULTILINE)[:1]
             for choice in value.get("enum", []):

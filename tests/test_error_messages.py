@@ -36,7 +36,7 @@ from splitfrozen.runs.folder import RunFolder
 from splitfrozen.server.answers import internal_error
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
-from splitfrozen.training.optimise import Optimiser
+from splitfrozen.training.optimise import Gradients, Optimiser
 from splitfrozen.wire.codec import codec
 from splitfrozen.wire.frame import Origin, header_of
 from splitfrozen.wire.join import JoinString
@@ -96,13 +96,10 @@ class Item:
 
 
 class Spoilt:
-    """A method whose loss is not a number."""
+    """A part whose loss is not a number."""
 
     def __init__(self) -> None:
         self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {"weight": self.weight}
 
     def length(self, item: Item) -> int:
         return len(item.targets)
@@ -112,7 +109,11 @@ class Spoilt:
 
 
 def a_loss_of_nan(_: Tiny) -> None:
-    Optimiser(Spoilt(), TrainSpec(), steps=1, seed=0).step([Item(np.zeros(1, np.int32))], 0)
+    spec, part = TrainSpec(), Spoilt()
+    items = [Item(np.zeros(1, np.int32))]
+    gradients = Gradients(spec, seed=0, device=torch.device("cpu"))
+    loss, targets = gradients.of(part, [part.weight], items, 0)
+    Optimiser({"weight": part.weight}, spec, steps=1).step(loss, targets, 0)
 
 
 def a_used_join_string(_: Tiny) -> None:

@@ -1,4 +1,4 @@
-"""The loop with a toy method: its arithmetic, where it goes on, its stops and failures."""
+"""The loop with a toy model: its arithmetic, where it goes on, its stops and failures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from transformers import get_linear_schedule_with_warmup
 from splitfrozen import rng
 from splitfrozen.config import TrainSpec
 from splitfrozen.errors import SplitFrozenError, StoreError
+from splitfrozen.methods.pooled import Pooled
 from splitfrozen.records import Activation, SampleKey, SampleTable
 from splitfrozen.training import precision
 from splitfrozen.training.batching import Arrivals, FixedOrder, ShuffleWindow, StreamingOrder
 from splitfrozen.training.evaluate import Evaluation
 from splitfrozen.training.loop import Hooks, Job, Outcome, fit
-from splitfrozen.training.optimise import NotFiniteError, Optimiser, learning_rate
+from splitfrozen.training.optimise import Gradients, NotFiniteError, Optimiser, learning_rate
 
 WIDTH, CLASSES, SAMPLES = 6, 3, 22
 SPEC = TrainSpec(
@@ -105,8 +106,21 @@ def job(folder: Path, spec: TrainSpec = SPEC, seed: int = 0, samples: int = SAMP
     return Job(spec, seed, samples, torch.float32, folder)
 
 
+def pooled(
+    toy: Any,
+    spec: TrainSpec = SPEC,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    report: Callable[[Event], None] = lambda _: None,
+) -> Pooled[Activation]:
+    """The method that trains a toy, which is the part and the adapter in one."""
+    gradients = Gradients(spec, seed=seed, device=torch.device("cpu"), report=report)
+    return Pooled(toy, toy, Optimiser(toy.parameters(), spec, steps), gradients)
+
+
 def train(
-    method: Linear,
+    toy: Linear,
     folder: Path,
     *,
     report: Callable[[Event], None] = lambda _: None,
@@ -115,6 +129,8 @@ def train(
     **hooks: Any,
 ) -> Outcome:
     order = FixedOrder(table(), seed, spec.batch_size)
+    steps = math.ceil(SAMPLES / spec.batch_size) * spec.epochs
+    method = pooled(toy, spec, steps=steps, seed=seed, report=report)
     return fit(method, Data(), order, job(folder, spec, seed), Hooks(report, **hooks))
 
 
@@ -165,14 +181,15 @@ def test_a_step_reads_as_many_numbers_however_many_micro_batches_it_has() -> Non
             read.append(func is torch.ops.aten._local_scalar_dense.default)
             return func(*args, **(kwargs or {}))
 
-    items = Data().read([SampleKey("a", i) for i in range(SAMPLES)])
+    keys = [SampleKey("a", i) for i in range(SAMPLES)]
+    items = Data().read(keys)
     reads, losses = [], []
     for micro_tokens in (4096, 1):
         read: list[bool] = []
         spec = TrainSpec(micro_tokens=micro_tokens)
-        optimiser = Optimiser(Linear(dropout=0.0), spec, steps=9, seed=0)
+        method = pooled(Linear(dropout=0.0), spec, steps=9)
         with Reads():
-            losses.append(optimiser.step(items, 3).loss)
+            losses.append(method.step(keys, items, 3).loss)
         reads.append(sum(read))
     # Each reading would make a GPU wait for its queue to empty.
     assert reads[0] == reads[1]
@@ -210,21 +227,21 @@ def test_the_next_batch_is_read_while_this_one_is_trained_on(tmp_path: Path) -> 
     batches = [[key.sample for key in order.batch(*divmod(i, 6))] for i in range(12)]
     begun: list[list[int]] = []
     done: list[int] = []
-    fit(
-        method := Slow(dropout=0.0), data, order, job(tmp_path / "run", spec), Hooks(lambda _: None)
-    )
+    method = pooled(slow := Slow(dropout=0.0), spec, steps=12)
+    fit(method, data, order, job(tmp_path / "run", spec), Hooks(lambda _: None))
     train(plain := Linear(dropout=0.0), tmp_path / "plain", spec=spec)
     assert done == [4, 4, 4, 4, 4, 2] * 2
-    assert method.bytes() == plain.bytes()
+    assert slow.bytes() == plain.bytes()
 
 
 def test_gradients_are_clipped() -> None:
     spec = TrainSpec(clip=0.01, batch_size=SAMPLES, warmup=0.0)
-    optimiser = Optimiser(method := Linear(dropout=0.0), spec, steps=9, seed=0)
-    result = optimiser.step(Data().read([SampleKey("a", i) for i in range(SAMPLES)]), 0)
+    method = pooled(toy := Linear(dropout=0.0), spec, steps=9)
+    keys = [SampleKey("a", i) for i in range(SAMPLES)]
+    result = method.step(keys, Data().read(keys), 0)
     assert result.grad_norm > 0.01
-    assert method.weight.grad is not None
-    assert float(method.weight.grad.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert toy.weight.grad is not None
+    assert float(toy.weight.grad.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
@@ -332,7 +349,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     method, clean = Linear(dropout=0.0), Linear(dropout=0.0)
     hooks = Hooks(events.append)
     with pytest.raises(NotFiniteError, match=rf"step 4 on 4 samples .*a/{bad.sample}\b"):
-        fit(method, Data(spoilt=[bad.sample]), order, job(tmp_path / "bad"), hooks)
+        fit(pooled(method), Data(spoilt=[bad.sample]), order, job(tmp_path / "bad"), hooks)
     assert events[-1]["event"] == "diverged"
     assert f"a/{bad.sample}" in events[-1]["samples"]
     left = iter([False] * number)
@@ -422,11 +439,11 @@ class Uploads:
         return Arrivals(table(self.here), complete=self.here == SAMPLES)
 
 
-def stream(method: Linear, folder: Path, uploads: Uploads, **hooks: Any) -> Outcome:
+def stream(toy: Linear, folder: Path, uploads: Uploads, **hooks: Any) -> Outcome:
     window = ShuffleWindow(folder / "ledger", 0, 6)
     order = StreamingOrder(window, uploads, 0, SPEC.batch_size)
     return fit(
-        method,
+        pooled(toy),
         Data(),
         order,
         job(folder),
@@ -507,7 +524,7 @@ def test_samples_that_changed_within_an_epoch_are_refused(tmp_path: Path) -> Non
     stopped(tmp_path)
     order = FixedOrder(table(SAMPLES - 1), 0, 4)
     with pytest.raises(StoreError, match="samples are not those"):
-        fit(Linear(), Data(), order, job(tmp_path), Hooks(lambda _: None))
+        fit(pooled(Linear()), Data(), order, job(tmp_path), Hooks(lambda _: None))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
@@ -532,17 +549,18 @@ def test_a_checkpoint_of_other_adapters_is_refused_by_name(tmp_path: Path) -> No
 
 def test_the_moments_are_those_of_adamw_after_loading() -> None:
     first, second = Linear(), Linear()
-    items = Data().read([SampleKey("a", i) for i in range(4)])
-    one = Optimiser(first, SPEC, steps=9, seed=0)
-    one.step(items, 3)
+    keys = [SampleKey("a", i) for i in range(4)]
+    items = Data().read(keys)
+    one = pooled(first, steps=9)
+    one.step(keys, items, 3)
     state = {name: tensor.detach().clone() for name, tensor in one.state().items()}
     assert sorted(state) == [
         "exp_avg.weight", "exp_avg_sq.weight", "parameter.unused", "parameter.weight", "step.weight"
     ]  # fmt: skip
-    two = Optimiser(second, SPEC, steps=9, seed=0)
+    two = pooled(second, steps=9)
     two.load_state(state)
-    one.step(items, 4)
-    two.step(items, 4)
+    one.step(keys, items, 4)
+    two.step(keys, items, 4)
     assert first.bytes() == second.bytes()
     state.pop("exp_avg.weight")
     with pytest.raises(StoreError, match=r"got exp_avg\.weight;"):
@@ -552,7 +570,7 @@ def test_the_moments_are_those_of_adamw_after_loading() -> None:
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     order = FixedOrder(table(0), 0, 4)
     with pytest.raises(StoreError, match="nothing to train on"):
-        fit(Linear(), Data(), order, job(tmp_path), Hooks(lambda _: None))
+        fit(pooled(Linear()), Data(), order, job(tmp_path), Hooks(lambda _: None))
 
 
 def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:

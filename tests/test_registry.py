@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from splitfrozen.config import DevicesSpec
@@ -16,6 +17,7 @@ from splitfrozen.errors import PlanError, RefusedError, StoreError
 from splitfrozen.records import (
     PROTOCOL,
     Announcement,
+    ChunkSpan,
     DeviceProfile,
     DeviceReport,
     Enrolled,
@@ -73,9 +75,8 @@ def profile(flops: float = 1e9, memory_bytes: int = 1 << 30) -> DeviceProfile:
 
 
 ANNOUNCED = Announcement(samples=10, tokens=300, skipped=1, digest="a" * 64)
-REPORT = DeviceReport(
-    seconds=9.0, compute_s=5.0, encode_s=1.0, upload_s=4.0, bytes_up=7, chunks=2, padding=0.1
-)
+SPAN = ChunkSpan(0, 1, 2, 7, (0.0, 5.0), (1.0, 1.0), (2.0, 4.0))
+REPORT = DeviceReport(seconds=9.0, padding=0.1, spans=(SPAN,))
 
 
 # --- slots and tokens ------------------------------------------------------------------------
@@ -252,10 +253,19 @@ def test_a_profile_counts_until_the_assignment(registry: Registry) -> None:
     assert (row.profile, row.depth) == (profile(2e9), 2)
 
 
-def test_reports_are_kept(registry: Registry) -> None:
+def test_reports_are_kept(registry: Registry, clock: Clock) -> None:
+    clock.now = 50.0
     registry.report("device-02", REPORT)
+    clock.now = 60.0
     registry.report("device-02", REPORT)
     assert [row.report for row in registry.devices()] == [None, None, REPORT]
+    assert registry.device("device-02").reported_at == 50.0, "it came when it came first"
+    registry.report("device-02", DeviceReport(seconds=0.0, padding=0.1, spans=()))
+    assert registry.device("device-02").report == REPORT, "nothing was left to send"
+    rest = msgspec.structs.replace(REPORT, seconds=8.0)
+    registry.report("device-02", rest)
+    row = registry.device("device-02")
+    assert (row.report, row.reported_at) == (rest, 60.0)
 
 
 def test_the_state_is_seen_by_other_processes(

@@ -13,15 +13,14 @@ import msgspec
 import pytest
 
 from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig
-from splitfrozen.records import PROTOCOL, Announcement, DeviceReport, Enrolment
+from splitfrozen.records import PROTOCOL, Announcement, ChunkSpan, DeviceReport, Enrolment
 from splitfrozen.runs import summary
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 
-REPORT = DeviceReport(
-    seconds=12.5, compute_s=8.0, encode_s=1.0, upload_s=9.0, bytes_up=3_000_000, chunks=3, padding=0
-)
+SPAN = ChunkSpan(0, 2, 3, 3_000_000, (0.0, 8.0), (1.0, 1.0), (2.0, 9.0))
+REPORT = DeviceReport(seconds=12.5, padding=0, spans=(SPAN,))
 
 
 def configured(folder: Path) -> Config:
@@ -252,7 +251,8 @@ def test_absurd_numbers_and_long_failures_take_little_room(
     run: RunFolder, registry: Registry, store: Store
 ) -> None:
     join(registry, "device-00", "a")
-    absurd = msgspec.structs.replace(REPORT, seconds=1e308, bytes_up=2**62)
+    huge = msgspec.structs.replace(SPAN, bytes=2**62)
+    absurd = msgspec.structs.replace(REPORT, seconds=1e308, spans=(huge,))
     registry.report("device-00", absurd)
     registry.fail("device-00", "x" * 2000)
     (run.root / "forecast.json").write_text(

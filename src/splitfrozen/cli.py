@@ -89,6 +89,49 @@ COMMANDS = (
             ),
         ),
     ),
+    Command(
+        "train",
+        "a whole run in one process, with any method",
+        "splitfrozen.runs.train:train",
+        (_arg("source", type=Path, metavar="RUN.toml", help="the run's file, or its folder"),),
+    ),
+    Command(
+        "partition",
+        "who holds which of a run's rows: a table, a plot, a file for each device",
+        "splitfrozen.runs.partition:partition",
+        (
+            _arg("source", type=Path, metavar="RUN.toml", help="the run's file"),
+            _arg("--plot", type=Path, metavar="FILE.png", help="draw the classes of each device"),
+            _arg("--out", type=Path, metavar="FOLDER", help="write each device's rows, for `join`"),
+        ),
+    ),
+    Command(
+        "compare",
+        "several methods side by side from real training: table, CSV, plot",
+        "splitfrozen.runs.compare:compare",
+        (
+            _arg("source", type=Path, metavar="EXPERIMENT.toml", help="the experiment's file"),
+            _arg(
+                "--set",
+                action="append",
+                default=[],
+                metavar="TABLE.KEY=VALUE",
+                dest="settings",
+                help="in place of what the file says, as in --set model.name=PATH",
+            ),
+            _arg("--jobs", type=int, metavar="N", help="trainings at a time (default: all cores)"),
+            _arg("--out", type=Path, metavar="FOLDER", help="write NAME.json, NAME.csv, NAME.png"),
+        ),
+    ),
+    Command(
+        "simulate",
+        "what each method would take, in virtual time: FLOP, bytes, delay, Gantt plots",
+        "splitfrozen.runs.simulate:simulate",
+        (
+            _arg("experiment", type=Path, metavar="EXPERIMENT.toml", help="devices, links, data"),
+            _arg("--out", type=Path, help="folder for the table, plots and traces"),
+        ),
+    ),
     Command("status", "what a run is doing", "splitfrozen.runs.steer:status", (RUN,)),
     Command(
         "logs",
@@ -108,6 +151,12 @@ COMMANDS = (
         "delete what a device sent and all that was trained on it, and refuse it from now on",
         "splitfrozen.runs.steer:purge",
         (RUN, _arg("--device", required=True, help="id, as in `status`")),
+    ),
+    Command(
+        "replay",
+        "lay a network run beside its simulation with the measured speeds, and its forecast",
+        "splitfrozen.runs.replay:replay",
+        (RUN, _arg("--out", type=Path, help="folder for a picture and two traces (Perfetto)")),
     ),
     Command(
         "eval",

@@ -22,7 +22,9 @@ import ipaddress
 import math
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -270,6 +272,14 @@ class Config(Spec, frozen=True):
                 "lower the depth or raise model.cut",
             )
 
+        if self.task.kind == "causal_lm" and self.data and self.data.partition == "dirichlet":
+            raise _bad(
+                "data.partition",
+                '"dirichlet", which divides classes,',
+                '"iid", "quantity" or "column", as causal_lm rows have no labels',
+                "choose another",
+            )
+
     @property
     def folder(self) -> Path:
         """The run folder; `load` fills it in."""
@@ -379,13 +389,22 @@ def _shortly(value: object) -> str:
 
 def _choices(kind: type[Spec], key: str) -> str:
     """What a key may be, where that is one of a few words; "" elsewhere."""
-    wanted: Any = kind
-    for part in key.split("."):
-        wanted = get_type_hints(wanted).get(part) if isinstance(wanted, type) else None
-    several = get_args(wanted) if get_origin(wanted) is Union else (wanted,)
+    several: tuple[Any, ...] = (kind,)
+    for part in re.findall(r"\w+", key):
+        if part.isdigit():  # A place in a list, whose items are all of one kind.
+            inner = [get_args(one)[0] for one in several if get_origin(one) is tuple]
+        else:
+            hints = [get_type_hints(table) for one in several for table in _specs(one)]
+            inner = [known[part] for known in hints if part in known]
+        several = tuple(each for one in inner for each in _either(one))
     words = [f'"{word}"' for one in several if get_origin(one) is Literal for word in get_args(one)]
     lists = ["a list"] if words and any(get_origin(one) is tuple for one in several) else []
     return ", ".join(words + lists)
+
+
+def _either(kind: Any) -> tuple[Any, ...]:
+    """The kinds of `A | B`."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _refuse_infinite(table: dict[str, Any], prefix: str) -> None:
@@ -426,9 +445,19 @@ def _refuse_unknown(table: dict[str, Any], kind: type[Spec], prefix: str) -> Non
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean `{prefix}{near[0]}`?" if near else "remove it"
             raise _bad(prefix.rstrip(".") or "the file", f"`{prefix}{key}`", ", ".join(known), hint)
-        inner = known[key]
-        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, Spec):
-            _refuse_unknown(value, inner, f"{prefix}{key}.")
+        tables = {f"[{i}]": one for i, one in enumerate(value)} if isinstance(value, list) else {}
+        for inner in _specs(known[key]):
+            for place, table in (tables or {"": value}).items():
+                if isinstance(table, dict):
+                    _refuse_unknown(table, inner, f"{prefix}{key}{place}.")
+
+
+def _specs(kind: Any) -> Iterator[type[Spec]]:
+    """The kinds of tables in what a key may hold, such as `DataSpec | None` or a list of them."""
+    if isinstance(kind, type) and issubclass(kind, Spec):
+        yield kind
+    for inner in get_args(kind):
+        yield from _specs(inner)
 
 
 def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:

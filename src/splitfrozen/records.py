@@ -291,20 +291,69 @@ class Assignment(Message, frozen=True):
     front: FrontManifest
 
 
+MAX_SPANS = 256
+"""Spans of a report at most, so that it stays a short message however much was sent."""
+
+
+class ChunkSpan(Message, frozen=True):
+    """When the three stages worked on some consecutive chunks: on one, where a device sends few.
+
+    A stage is (begin, seconds of work), on the device's own clock from the first forward on. The
+    three overlap with those of other chunks, not of the same one.
+
+    Attributes:
+        first, last: indices in the device's plan.
+        chunks: how many there are: fewer than the indices where the server had some already.
+        bytes: sum of the frames.
+        front, encode, send: the stages.
+    """
+
+    first: Count
+    last: Count
+    chunks: Positive
+    bytes: Positive
+    front: tuple[float, float]
+    encode: tuple[float, float]
+    send: tuple[float, float]
+
+
 class DeviceReport(Message, frozen=True):
     """POST /v1/report: what happened, once everything is stored.
 
-    `seconds` is wall time from the first forward to the last acknowledgement; the stage times
-    overlap within it.
+    Attributes:
+        seconds: wall time from the first forward to the last acknowledgement.
+        padding: padded over real tokens of the whole plan, less one.
+        spans: all chunks that this process sent, in the order of the plan.
     """
 
     seconds: float
-    compute_s: float
-    encode_s: float
-    upload_s: float
-    bytes_up: Count
-    chunks: Count
     padding: float
+    spans: Annotated[tuple[ChunkSpan, ...], Meta(max_length=MAX_SPANS)]
+
+    @property
+    def compute_s(self) -> float:
+        """Time in the front; the three stages overlap."""
+        return sum(span.front[1] for span in self.spans)
+
+    @property
+    def encode_s(self) -> float:
+        """Time in the codec."""
+        return sum(span.encode[1] for span in self.spans)
+
+    @property
+    def upload_s(self) -> float:
+        """Time in uploads."""
+        return sum(span.send[1] for span in self.spans)
+
+    @property
+    def bytes_up(self) -> int:
+        """Sum of the frames sent."""
+        return sum(span.bytes for span in self.spans)
+
+    @property
+    def chunks(self) -> int:
+        """Frames sent."""
+        return sum(span.chunks for span in self.spans)
 
 
 class Failure(Message, frozen=True):
@@ -334,16 +383,19 @@ class Refusal(Message, frozen=True):
 
 # --- events ----------------------------------------------------------------------------------
 
+# The collector would walk over them: they hold no cycles, and a simulation holds millions.
 
-class Compute(Struct, frozen=True, tag_field="event", tag="compute"):
+
+class Compute(Struct, frozen=True, gc=False, tag_field="event", tag="compute"):
     """Work of one party, as a forecast or as it was measured.
 
     Events of one log are numbered 0, 1, 2 ... in the order in which they were written.
 
     Attributes:
         id: number of the event.
-        who: a device's id, "server", "server/0" .. for its pipeline stages, or "federated" for
-            the server of FedsLLM that sees adapters only.
+        who: a device's id, "device-03/encode" for its codec, which works beside its front,
+            "server", "server/0" .. for its pipeline stages, or "federated" for the server of
+            FedsLLM that sees adapters only.
         phase: what is computed, such as "front", "lift", "forward", "backward", "weights".
         step: optimiser step, or chunk, that it is part of.
         flops: how much.
@@ -361,7 +413,7 @@ class Compute(Struct, frozen=True, tag_field="event", tag="compute"):
     end_s: float | None = None
 
 
-class Send(Struct, frozen=True, tag_field="event", tag="send"):
+class Send(Struct, frozen=True, gc=False, tag_field="event", tag="send"):
     """Bytes from one party to another; the other attributes are those of `Compute`.
 
     `phase` says what is sent: "activations", "gradients", "adapter".

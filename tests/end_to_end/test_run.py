@@ -29,8 +29,10 @@ from transformers import (
 )
 
 from splitfrozen.cli import main
+from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.local import join_arguments, process, run_locally
+from splitfrozen.runs.replay import replay
 from splitfrozen.server.store import Store
 
 pytestmark = [
@@ -128,6 +130,27 @@ def check_run(summary: dict[str, Any], counts: Sequence[int], depths: Sequence[s
     assert (len(run.events("baseline")), len(run.events("evaluation"))) == (1, EPOCHS)
     assert Path(summary["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "splitfrozen://" not in (run.root / "run.log").read_text(), "join strings are secrets"
+    check_replay(run, summary, steps)
+
+
+def check_replay(run: RunFolder, summary: dict[str, Any], steps: int) -> None:
+    """The run's event log is whole, and the simulator sends what was sent (when is measured by
+    benchmarks/replay.py)."""
+    found: dict[str, Any] = replay(run.root, None).data
+    sent = sum(device["bytes_up"] for device in summary["devices"])
+    assert found["measured"]["bytes"] == sent > 0
+    assert found["replayed"]["bytes"] == pytest.approx(sent, rel=0.01)
+    assert found["replayed"]["makespan_s"] > 0
+    assert found["forecast"]["makespan_s"] > 0
+    parties = {one["who"]: one["events"] for one in found["parties"]}
+    for device in summary["devices"]:
+        assert parties[f"{device['id']}>server"] >= 1
+    events = networklog.read(run.root)
+    trained = [event.step for event in events if event.phase == "train"]
+    assert trained == list(range(steps))
+    assert sum(event.phase == "evaluate" for event in events) == 1 + EPOCHS
+    shallow = {d["id"] for d in summary["devices"] if d["depth"] < run.config.model.cut}
+    assert any(event.phase == "lift" for event in events) == bool(shallow)
 
 
 def check_evaluation(capsys: Capture, run: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 import torch
 
 from splitfrozen import rng
-from splitfrozen.config import LoraSpec
-from splitfrozen.methods.splitfrozen import SplitFrozen
+from splitfrozen.config import LoraSpec, TrainSpec
+from splitfrozen.methods.parts import Adapted, Upper
+from splitfrozen.methods.pooled import Pooled
 from splitfrozen.model import adapters
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import IGNORED, Activation, Floats, Ints, SampleKey, SampleTable
+from splitfrozen.training.optimise import Gradients, Optimiser
 from splitfrozen.wire.codec import codec
 
 DEPTH, CUT, CLASSES = 1, 2, 3
+USUAL = TrainSpec()
 
 
 class TinyRun:
@@ -28,9 +32,19 @@ class TinyRun:
     Attributes:
         inputs: of each sample: int64 [T] by name, or the pixels of an image.
         targets: of each sample, as in `records.Sample`.
+        part: what is trained and evaluated.
+        method: what trains it.
     """
 
-    def __init__(self, model: Any, *, samples: int, lora: LoraSpec, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        samples: int,
+        lora: LoraSpec,
+        train: TrainSpec = USUAL,
+        seed: int = 0,
+    ) -> None:
         self.sliced = SlicedModel(model)
         self.inputs: list[dict[str, torch.Tensor]] = []
         self.targets: list[Ints] = []
@@ -43,7 +57,15 @@ class TinyRun:
             self.targets.append(self._targets(inputs[0][0], int(draw.integers(CLASSES))))
             self.activations.append(Activation(id_, CUT, hidden, self.targets[-1]))
         self.peft_model = adapters.attach(self.sliced, lora, CUT, seed)
-        self.method = SplitFrozen(self.sliced, self.peft_model, CUT, "tiny")
+        self.adapted = Adapted(self.sliced, self.peft_model, "tiny")
+        self.part = Upper(self.adapted, CUT)
+        self.method = self._method(train, seed)
+
+    def _method(self, spec: TrainSpec, seed: int) -> Pooled[Activation]:
+        steps = math.ceil(len(self.activations) / spec.batch_size) * spec.epochs
+        optimiser = Optimiser(self.adapted.parameters(), spec, steps)
+        gradients = Gradients(spec, seed=seed, device=torch.device("cpu"))
+        return Pooled(self.part, self.adapted, optimiser, gradients)
 
     def _depth_cut(self, inputs: Sequence[torch.Tensor]) -> Floats:
         with torch.no_grad():
@@ -75,7 +97,7 @@ class TinyRun:
 def tiny_run(tiny: Callable[..., Any]) -> Callable[..., TinyRun]:
     """`tiny_run("gpt2-causal_lm", samples=9, lora=LoraSpec())` makes one."""
 
-    def make(id_: str, *, samples: int, lora: LoraSpec, seed: int = 0) -> TinyRun:
-        return TinyRun(tiny(id_), samples=samples, lora=lora, seed=seed)
+    def make(id_: str, **options: Any) -> TinyRun:
+        return TinyRun(tiny(id_), **options)
 
     return make

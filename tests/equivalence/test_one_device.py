@@ -64,7 +64,7 @@ def plain_peft(model: Any, run: Any, start: dict[str, torch.Tensor]) -> tuple[li
 def test_training_is_plain_peft_on_the_frozen_bottom_model(
     family: Any, tiny: Callable[..., Any], tiny_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    run = tiny_run(family.id, samples=SAMPLES, lora=LORA)
+    run = tiny_run(family.id, samples=SAMPLES, lora=LORA, train=SPEC)
     start = adapters.state(run.peft_model)
     events: list[dict[str, Any]] = []
     order = FixedOrder(run.samples(), 0, SPEC.batch_size)

@@ -29,9 +29,9 @@ def train(family: Any, tiny_run: Callable[..., Any]) -> Callable[..., None]:
 
     def start(folder: Path, *, seed: int = 0, dropout: float = 0.2, **hooks: Any) -> None:
         lora = LoraSpec(rank=4, dropout=dropout)
-        run = tiny_run(family.id, samples=SAMPLES, lora=lora, seed=seed)
+        run = tiny_run(family.id, samples=SAMPLES, lora=lora, train=SPEC, seed=seed)
         evaluate = Evaluator(
-            run.method, run, run.sliced.kind, micro_tokens=64, device=torch.device("cpu")
+            run.part, run, run.sliced.kind, micro_tokens=64, device=torch.device("cpu")
         )
         order = FixedOrder(run.samples(), seed, SPEC.batch_size)
         job = Job(SPEC, seed, SAMPLES, torch.float32, folder)

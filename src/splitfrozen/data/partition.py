@@ -1,4 +1,9 @@
-"""Who holds which sample, for experiments: pure functions of labels and a seed.
+"""Who holds which sample, for experiments: pure functions of what is split and a seed.
+
+    iid         parts of one size, at random
+    dirichlet   label skew: each class falls to the parts in unequal shares
+    quantity    quantity skew: parts of unequal sizes, each of them IID
+    by_value    one part for each value of a column
 
 Every index is in exactly one part, no part is empty, and each part is sorted.
 """
@@ -36,21 +41,50 @@ def dirichlet(labels: Sequence[int] | Ints, parts: int, alpha: float, seed: int)
     """
     classes = np.asarray(labels)
     _check(len(classes), parts)
-    if not (alpha > 0 and np.isfinite(alpha)):
-        raise RequestError(
-            "the Dirichlet parameter is wrong",
-            got=alpha,
-            allowed="a finite number above 0",
-            remedy="take 0.1 for strong skew, 100 for nearly none",
-        )
+    _check_alpha(alpha)
     source = stream(seed, "partition", "dirichlet")
     held: list[list[int]] = [[] for _ in range(parts)]
     for label in np.unique(classes):
         members = source.permutation(np.flatnonzero(classes == label))
-        shares = source.dirichlet(np.full(parts, alpha))
-        cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-        for part, taken in zip(held, np.split(members, cuts), strict=True):
+        for part, taken in zip(held, _shared_out(members, parts, alpha, source), strict=True):
             part.extend(taken.tolist())
+    return _none_empty(held)
+
+
+def quantity(count: int, parts: int, alpha: float, seed: int) -> list[Ints]:
+    """Split 0 .. count-1 at random into parts whose sizes are shares drawn from Dir(alpha).
+
+    The smaller `alpha`, the more unequal the sizes (the quantity skew of Li et al. 2022, arXiv
+    2102.02079). A part left empty takes a sample from the largest one.
+
+    Raises RequestError for fewer samples than parts, or an alpha that is not above 0.
+    """
+    _check(count, parts)
+    _check_alpha(alpha)
+    source = stream(seed, "partition", "quantity")
+    members = source.permutation(count)
+    held = [taken.tolist() for taken in _shared_out(members, parts, alpha, source)]
+    return _none_empty(held)
+
+
+def by_value(values: Sequence[str]) -> dict[str, Ints]:
+    """Split by what each sample has in a column: one part for each value, sorted by value."""
+    held: dict[str, list[int]] = {value: [] for value in sorted(set(values))}
+    for index, value in enumerate(values):
+        held[value].append(index)
+    return {value: np.array(part, np.int32) for value, part in held.items()}
+
+
+def _shared_out(
+    members: npt.NDArray[np.int64], parts: int, alpha: float, source: np.random.Generator
+) -> list[npt.NDArray[np.int64]]:
+    """Cut `members` into consecutive pieces, their sizes drawn from Dir(alpha)."""
+    shares = source.dirichlet(np.full(parts, alpha))
+    cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+    return np.split(members, cuts)
+
+
+def _none_empty(held: list[list[int]]) -> list[Ints]:
     for part in held:
         if not part:
             part.append(max(held, key=len).pop())
@@ -59,6 +93,16 @@ def dirichlet(labels: Sequence[int] | Ints, parts: int, alpha: float, seed: int)
 
 def _sorted(part: npt.NDArray[np.int64]) -> Ints:
     return np.sort(part).astype(np.int32)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (alpha > 0 and np.isfinite(alpha)):
+        raise RequestError(
+            "the Dirichlet parameter is wrong",
+            got=alpha,
+            allowed="a finite number above 0",
+            remedy="take 0.1 for strong skew, 100 for nearly none",
+        )
 
 
 def _check(count: int, parts: int) -> None:

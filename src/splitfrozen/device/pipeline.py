@@ -3,10 +3,14 @@
 The slowest stage sets the pace and the queues bound the memory. An error in any stage stops all
 three and is raised once. What is stored is what the uploader says is stored; only the rest is
 computed.
+
+Each stage notes when it worked on a chunk. The report carries that on the device's own clock, from
+the first forward on: clocks of devices differ, so the server places it by when the report arrives.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -17,7 +21,9 @@ from typing import Generic, TypeVar
 from splitfrozen.device.plan import PlannedChunk, padding_share
 from splitfrozen.device.progress import Progress
 from splitfrozen.records import (
+    MAX_SPANS,
     Chunk,
+    ChunkSpan,
     Codec,
     DeviceReport,
     EncodedSample,
@@ -39,6 +45,9 @@ THREADS = "splitfrozen stage"
 
 _POLL_S = 0.1
 _T = TypeVar("_T")
+
+_Stage = tuple[float, float]
+"""Begin and seconds of work, as in `ChunkSpan`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +107,14 @@ class _Pipeline:
         self._uploader = uploader
         self._progress = progress
         self._stop = stop
-        self._computed = _Channel[tuple[PlannedChunk, list[Floats]]](stop)
-        self._encoded = _Channel[tuple[PlannedChunk, Chunk]](stop)
+        self._computed = _Channel[tuple[PlannedChunk, list[Floats], _Stage]](stop)
+        self._encoded = _Channel[tuple[PlannedChunk, Chunk, _Stage, _Stage]](stop)
         self._errors: list[BaseException] = []
-        self._compute_s = self._encode_s = self._upload_s = 0.0
-        self._bytes_up = self._chunks = 0
+        self._spans: list[ChunkSpan] = []
+        self._begin = 0.0
 
     def run(self, missing: Sequence[PlannedChunk]) -> DeviceReport:
-        begin = time.perf_counter()
+        self._begin = time.perf_counter()
         threads = [
             threading.Thread(target=self._guard, args=(stage,), name=f"{THREADS} {i}", daemon=True)
             for i, stage in enumerate((lambda: self._compute(missing), self._encode, self._upload))
@@ -130,14 +139,14 @@ class _Pipeline:
         if self._stop.is_set():
             raise KeyboardInterrupt
         return DeviceReport(
-            seconds=time.perf_counter() - begin if missing else 0.0,
-            compute_s=self._compute_s,
-            encode_s=self._encode_s,
-            upload_s=self._upload_s,
-            bytes_up=self._bytes_up,
-            chunks=self._chunks,
+            seconds=time.perf_counter() - self._begin if missing else 0.0,
             padding=padding_share(self._work.chunks, self._work.samples),
+            spans=merged(self._spans, MAX_SPANS),
         )
+
+    def _since(self, start: float) -> _Stage:
+        """The stage that began at `start` and ends now."""
+        return start - self._begin, time.perf_counter() - start
 
     def _guard(self, stage: Callable[[], None]) -> None:
         try:
@@ -151,17 +160,16 @@ class _Pipeline:
     def _compute(self, missing: Sequence[PlannedChunk]) -> None:
         for planned in missing:
             hidden: list[Floats] = []
+            start = time.perf_counter()
             for batch in planned.batches:
-                start = time.perf_counter()
                 hidden += self._work.front([self._work.samples[i] for i in batch])
-                self._compute_s += time.perf_counter() - start
                 if self._stop.is_set():
                     raise _Stopped
-            self._computed.put((planned, hidden))
+            self._computed.put((planned, hidden, self._since(start)))
         self._computed.close()
 
     def _encode(self) -> None:
-        for planned, hidden in self._computed:
+        for planned, hidden, front in self._computed:
             start = time.perf_counter()
             encoded = [
                 EncodedSample(
@@ -173,18 +181,43 @@ class _Pipeline:
                 for number, one in zip(planned.samples, hidden, strict=True)
             ]
             chunk = pack(self._work.origin, planned.index, encoded)
-            self._encode_s += time.perf_counter() - start
-            self._encoded.put((planned, chunk))
+            self._encoded.put((planned, chunk, front, self._since(start)))
         self._encoded.close()
 
     def _upload(self) -> None:
-        for planned, chunk in self._encoded:
+        for planned, chunk, front, encode in self._encoded:
             start = time.perf_counter()
             self._uploader.put(chunk)
-            self._upload_s += time.perf_counter() - start
-            self._bytes_up += len(chunk.frame)
-            self._chunks += 1
-            self._progress.add(len(planned.samples), len(chunk.frame))
+            send, size = self._since(start), len(chunk.frame)
+            self._spans.append(
+                ChunkSpan(planned.index, planned.index, 1, size, front, encode, send)
+            )
+            self._progress.add(len(planned.samples), size)
+
+
+def merged(spans: Sequence[ChunkSpan], most: int) -> tuple[ChunkSpan, ...]:
+    """At most `most` spans: consecutive ones are added up, as many at a time as it takes.
+
+    A stage of the sum begins when the first began and is as long as all together, so that what a
+    stage waited does not count as work.
+    """
+    size = max(1, math.ceil(len(spans) / most))
+    return tuple(_sum(spans[start : start + size]) for start in range(0, len(spans), size))
+
+
+def _sum(spans: Sequence[ChunkSpan]) -> ChunkSpan:
+    def stage(stages: Sequence[_Stage]) -> _Stage:
+        return stages[0][0], sum(seconds for _, seconds in stages)
+
+    return ChunkSpan(
+        first=spans[0].first,
+        last=spans[-1].last,
+        chunks=sum(span.chunks for span in spans),
+        bytes=sum(span.bytes for span in spans),
+        front=stage([span.front for span in spans]),
+        encode=stage([span.encode for span in spans]),
+        send=stage([span.send for span in spans]),
+    )
 
 
 class _Stopped(Exception):  # noqa: N818 -- not an error: the way out of a stage

@@ -1,1 +1,4 @@
-"""Methods: what is trained and how its loss comes about. The loop is `training.loop.fit`."""
+"""Methods: what is trained, on which side, and what crosses the network for it.
+
+`table.build` makes any of them; `training.loop.fit` trains all of them.
+"""

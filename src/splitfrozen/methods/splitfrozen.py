@@ -1,77 +1,46 @@
-"""SplitFrozen: LoRA on blocks[M:L], trained from stored activations at the cut.
+"""SplitFrozen: LoRA on blocks[M:L], trained where the activations of all devices come together.
 
-Of all dropout only LoRA's own is active, as `lora.dropout` says: the blocks below the cut ran
-without, on the devices, and those above are frozen too.
+Devices and server need not wait for each other, so what a step trains on is the order's affair:
+shuffled over all samples, in a window over what the devices send in turn, or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
 
-import torch
-from peft import PeftModel
-from torch.nn import functional
-
-from splitfrozen.model import adapters
-from splitfrozen.model.blocks import SlicedModel
-from splitfrozen.records import IGNORED, Activation
-from splitfrozen.training.batching import collate
+from splitfrozen.config import Config
+from splitfrozen.methods.bench import Bench, Built
+from splitfrozen.methods.parts import Adapted, Upper
+from splitfrozen.methods.pooled import Pooled
+from splitfrozen.records import Activation, SampleTable
+from splitfrozen.training.batching import FixedOrder, Order
+from splitfrozen.training.orders import TurnOrder, WindowOrder
 
 
-class SplitFrozen:
-    """The method as `training.loop.Method` and `training.evaluate.Predictor` over activations."""
+def build(bench: Bench) -> Built:
+    """Adapt the blocks above the cut and train them on activations. Raises ModelError."""
+    adapted = bench.adapt(bench.config.model.cut)
+    order, steps = order_of(bench.config, bench.samples)
+    return Built(pooled(bench, adapted, steps), adapted, order, steps, None, "activations")
 
-    def __init__(self, sliced: SlicedModel, peft_model: PeftModel, cut: int, base: str) -> None:
-        """Take a model and the adapters that `adapters.attach` put into it.
 
-        Args:
-            sliced: the model; where it is, training runs.
-            peft_model: what `attach` returned.
-            cut: M.
-            base: name of the base model, for the saved adapter.
-        """
-        self._sliced = sliced
-        self._peft_model = peft_model
-        self._cut = cut
-        self._base = base
-        peft_model.eval()
-        self._dropouts = [
-            module
-            for name, module in peft_model.named_modules()
-            if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
-        ]
+def pooled(bench: Bench, adapted: Adapted, steps_per_epoch: int) -> Pooled[Activation]:
+    """The server's training, whatever the order of the samples."""
+    return Pooled(
+        Upper(adapted, bench.config.model.cut),
+        adapted,
+        bench.optimiser(adapted, steps_per_epoch),
+        bench.gradients(),
+    )
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return adapters.trainable(self._peft_model)
 
-    def length(self, item: Activation) -> int:
-        return len(item.hidden)
-
-    def loss(self, items: Sequence[Activation]) -> torch.Tensor:
-        """Cross-entropy summed over the targets, with dropout."""
-        logits, targets = self._forward(items, dropout=True)
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-    def logits(self, items: Sequence[Activation]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits [K, C or V] and int64 [K] for the K targets of `items`."""
-        return self._forward(items, dropout=False)
-
-    def save(self, folder: Path) -> None:
-        """Write a PEFT adapter."""
-        adapters.save(self._peft_model, folder, self._base)
-
-    def _forward(
-        self, items: Sequence[Activation], *, dropout: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        for module in self._dropouts:
-            module.train(dropout)
-        batch = collate(items).to(self._sliced.model.device)
-        if self._sliced.kind != "causal_lm":
-            logits = self._sliced.logits(batch.hidden, batch.lengths, self._cut)
-            return logits, batch.targets[:, 0]
-        # The vocabulary is the widest map of the model, so only positions with a loss reach it.
-        wanted = batch.targets != IGNORED
-        positions = wanted.any(0).nonzero()[:, 0]
-        logits = self._sliced.logits(batch.hidden, batch.lengths, self._cut, positions)
-        return logits[wanted[:, positions]], batch.targets[wanted]
+def order_of(config: Config, table: SampleTable) -> tuple[Order, int]:
+    """The order that `method.shuffle` asks for, and its steps an epoch."""
+    seed, size = config.run.seed, config.train.batch_size
+    if config.method.shuffle == "none":
+        turns = TurnOrder(table, seed, size)
+        return turns, turns.steps_per_epoch
+    if config.method.shuffle == "window":
+        window = WindowOrder(table, seed, size, config.run.window)
+        return window, window.steps_per_epoch
+    return FixedOrder(table, seed, size), math.ceil(len(table) / size)

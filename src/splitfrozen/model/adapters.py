@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,18 @@ def attach(sliced: SlicedModel, lora: LoraSpec, cut: int, seed: int) -> PeftMode
     Hu et al., LoRA, arXiv:2106.09685: B starts at zero, so the model's output does not change.
 
     Args:
-        cut: M.
+        cut: M; 0 adapts all blocks.
         seed: draws A.
 
     Raises:
-        ModelError: `cut` is not in 1..L-1, or `lora.targets` names no linear map there.
+        ModelError: `cut` is not in 0..L-1, or `lora.targets` names no linear map there.
     """
-    if not 1 <= cut < sliced.block_count:
+    if not 0 <= cut < sliced.block_count:
         raise ModelError(
-            "no block is left to adapt above the cut" if cut >= 1 else "the cut is too low",
+            "no block is left to adapt above the cut" if cut >= 0 else "the cut is too low",
             got=cut,
-            allowed=f"1..{sliced.block_count - 1}, as the model has {sliced.block_count} blocks",
+            allowed=f"{int(cut > 0)}..{sliced.block_count - 1}, as the model has "
+            f"{sliced.block_count} blocks",
             remedy="set model.cut",
         )
     targets = _targets(sliced, lora, cut)
@@ -92,6 +93,12 @@ def attach(sliced: SlicedModel, lora: LoraSpec, cut: int, seed: int) -> PeftMode
 def trainable(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     """What training changes, by name, in the model's order: LoRA and the head."""
     return {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
+
+
+def below(sliced: SlicedModel, names: Iterable[str], cut: int) -> list[str]:
+    """Those of the `names` of parameters that are in blocks[:cut]."""
+    blocks = tuple(f".{sliced.blocks_path}.{index}." for index in range(cut))
+    return [name for name in names if any(block in name for block in blocks)]
 
 
 def state(peft_model: PeftModel) -> dict[str, Tensor]:

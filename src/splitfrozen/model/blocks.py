@@ -35,7 +35,8 @@ from transformers.pytorch_utils import Conv1D
 
 from splitfrozen import rng
 from splitfrozen.errors import ModelError
-from splitfrozen.model.costs import MapShape
+from splitfrozen.model.costs import MapShape, ModelShape
+from splitfrozen.model.shapes import shape_of
 from splitfrozen.records import TaskKind
 
 _NEW = "splitfrozen_new_parameters"
@@ -180,6 +181,11 @@ class SlicedModel:
         They are those of the base model, whether LoRA was attached or not.
         """
         return {name: shape for maps in self._maps[start:stop] for name, shape in maps.items()}
+
+    @property
+    def shape(self) -> ModelShape:
+        """What the model's cost depends on; it takes a forward pass of two short samples."""
+        return shape_of(self)
 
     @property
     def fan_in_first(self) -> bool:

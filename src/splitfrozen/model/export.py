@@ -51,12 +51,25 @@ Array = npt.NDArray[Any]
 
 
 def export_front(
-    sliced: SlicedModel, depth: int, precision: Precision, folder: Path
+    sliced: SlicedModel,
+    depth: int,
+    precision: Precision,
+    folder: Path,
+    longest: int = 128,
+    chunk_bytes: int = costs.CHUNK_BYTES,
 ) -> FrontManifest:
     """Write front(depth) to `folder` and check it against torch.
 
     Files that are there already are kept; a name appears only with its whole content. The model
     is on the CPU in float32.
+
+    Args:
+        sliced: the model.
+        depth: n.
+        precision: of the weights.
+        folder: of all files.
+        longest, chunk_bytes: T of the longest sample that a device may have, and the size of its
+            uploads; only the memory that it needs depends on them.
 
     Raises:
         ModelError: `depth` is not in 1..L, or the graph does not reproduce the front.
@@ -76,8 +89,6 @@ def export_front(
     _keep(folder / graph_ref.name, graph, lambda path: _compare(sliced, depth, precision, path))
     files = (graph_ref, *weights)
     identity = "\n".join([*(file.sha256 for file in files), str(depth), precision])
-    maps = [sliced.linear_maps(block, block + 1).values() for block in range(depth)]
-    largest = max((shape for block in maps for shape in block), key=sum)
     return FrontManifest(
         depth=depth,
         width=sliced.width,
@@ -85,8 +96,8 @@ def export_front(
         hash=hashlib.sha256(identity.encode()).hexdigest(),
         graph=graph_ref.name,
         files=files,
-        flops_per_token=costs.front_flops_per_token(maps),
-        memory_bytes=costs.front_memory_bytes(weight_bytes, largest),
+        flops_per_token=costs.map_flops_per_token(sliced.linear_maps(0, depth).values()),
+        memory_bytes=costs.front_memory_bytes(sliced.shape, weight_bytes, longest, chunk_bytes),
     )
 
 

@@ -10,17 +10,16 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
 from tokenizers import Tokenizer
 
-from splitfrozen.data.inputs import model_inputs
 from splitfrozen.data.readers import BadRow, read_rows
+from splitfrozen.data.samples import SampleSource
 from splitfrozen.data.tasks import announce, build_samples, encode_prompt
 from splitfrozen.disk import write_whole
 from splitfrozen.errors import DiskFullError, StoreError
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import Activation, EncodedSample, Ints, Prepared, Sample, SampleKey
+from splitfrozen.runs.devices import TorchFront
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.prepare import open_tokenizer
 from splitfrozen.server.store import Store
@@ -41,6 +40,10 @@ PART_TOKENS = 32768
 """Samples are computed and stored in parts that hold at most so much."""
 
 NEW_TOKENS = 256
+
+
+def _log_bad_row(bad: BadRow) -> None:
+    log.warning("evaluation row left out: %s", bad)
 
 
 class _Kept(Store):
@@ -80,7 +83,7 @@ def open_store(
     Raises DataError where the file cannot be read or has no good row, StoreError where what is
     there is damaged.
     """
-    digest = announce(_samples(source, run, prepared, _log_bad_row), 0).digest
+    digest = announce(read_samples(source, run, prepared), 0).digest
     known = folder / "digest"
     if folder.exists() and not (known.exists() and known.read_bytes() == digest.encode()):
         shutil.rmtree(folder)
@@ -90,28 +93,32 @@ def open_store(
     stored = store.chunks(DEVICE)
     cut, micro_tokens = run.config.model.cut, run.config.train.micro_tokens
     origin = Origin(run.name, DEVICE, prepared.weights_hash, cut, prepared.width, "float32")
-    for index, part in enumerate(_parts(_samples(source, run, prepared, lambda _: None))):
+    for index, part in enumerate(_parts(read_samples(source, run, prepared, lambda _: None))):
         if index not in stored:
             encoded = embed(sliced, part, cut, micro_tokens)
             store.add(header_of(origin, index, encoded), NO_FRAME, encoded)
     return store
 
 
+def open_samples(source: str, run: RunFolder, prepared: Prepared) -> SampleSource:
+    """The samples of `source`, for methods that train more than the blocks above the cut.
+
+    Raises DataError where the file cannot be read.
+    """
+    return SampleSource({DEVICE: list(read_samples(source, run, prepared))})
+
+
 def embed(
     sliced: SlicedModel, samples: list[Sample], cut: int, micro_tokens: int
 ) -> list[EncodedSample]:
     """Run front(cut) in float32, without padding in what comes out."""
-    front = sliced.front(cut)
+    front = TorchFront(sliced, cut)
     exact = codec("float32")
     encoded: dict[int, EncodedSample] = {}
     for group in split([sample.length for sample in samples], micro_tokens):
         members = [samples[i] for i in group]
-        arrays = model_inputs(members, sliced.inputs)
-        tensors = [torch.from_numpy(array).to(sliced.model.device) for array in arrays]
-        with torch.no_grad():
-            hidden = front(*tensors).cpu().numpy()
-        for sample, row in zip(members, hidden, strict=True):
-            payload = exact.encode(np.ascontiguousarray(row[: sample.length]))
+        for sample, hidden in zip(members, front(members), strict=True):
+            payload = exact.encode(hidden)
             encoded[sample.id] = EncodedSample(sample.id, sample.length, sample.targets, payload)
     return [encoded[sample.id] for sample in samples]
 
@@ -160,9 +167,13 @@ def prompts_of(
     return prompts, [completion for _, completion in pairs]
 
 
-def _samples(
-    source: str, run: RunFolder, prepared: Prepared, report: Callable[[BadRow], None]
+def read_samples(
+    source: str,
+    run: RunFolder,
+    prepared: Prepared,
+    report: Callable[[BadRow], None] = _log_bad_row,
 ) -> Iterator[Sample]:
+    """The good rows of a file. Raises DataError."""
     rows = read_rows(source, prepared.task.columns, report=report)
     return build_samples(rows, prepared.task, open_tokenizer(run, prepared), report=report)
 
@@ -178,7 +189,3 @@ def _parts(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
         tokens += sample.length
     if part:
         yield part
-
-
-def _log_bad_row(bad: BadRow) -> None:
-    log.warning("evaluation row left out: %s", bad)

@@ -6,8 +6,9 @@ address.json     host and port devices use       evaluation/      activations of
 join.txt         join strings not yet used       training/        checkpoint, best/ and last/
 tls/             certificate and key             metrics.jsonl    one event a line
 files/           fronts and tokenizer, as served curves.png       the same, drawn
-tokenizer/       the tokenizer, as exported      run.log          of all processes
-forecast.json    seconds and bytes expected      *.lock           who is at work
+tokenizer/       the tokenizer, as exported      events.jsonl     who did what, and when
+forecast.json    seconds and bytes expected      run.log          of all processes
+*.lock           who is at work
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import msgspec
 
@@ -41,6 +42,9 @@ LONGEST_NAME = 100
 """Every frame carries the run's name, and its header bounds it."""
 MOVABLE = {("model", "name"), ("task", "eval"), ("data", "train")}
 """Paths that may change with the project's folder: the content of what is there is compared."""
+
+MEASURED = ("metrics.jsonl", "curves.png", "events.jsonl")
+"""What a training writes beside its results; one that begins anew begins these anew."""
 
 _StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
@@ -149,12 +153,18 @@ class RunFolder:
         for name in ("evaluation", "training", "tokenizer"):
             if (self.root / name).exists():
                 shutil.rmtree(self.root / name)
-        for name in ("prepared.json", "forecast.json", "metrics.jsonl", "curves.png"):
+        for name in ("prepared.json", "forecast.json", *MEASURED):
             (self.root / name).unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
         return self.root.name
+
+    @property
+    def command(self) -> Literal["serve", "train"]:
+        """What continues the run: `train` where it was prepared without fronts for devices."""
+        prepared = self.prepared()
+        return "serve" if prepared is None or prepared.fronts else "train"
 
     @property
     def store(self) -> Path:
@@ -181,7 +191,7 @@ class RunFolder:
     def forget_training(self) -> None:
         """Delete what was trained and measured, so that the run trains anew."""
         shutil.rmtree(self.training)
-        for name in ("metrics.jsonl", "curves.png"):
+        for name in MEASURED:
             (self.root / name).unlink(missing_ok=True)
 
     def address(self) -> Address | None:

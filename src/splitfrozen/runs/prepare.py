@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -49,11 +51,16 @@ def to_fastest(sliced: SlicedModel) -> torch.device:
     """Move the model to the GPU where there is one; returns where it is. Exports come before."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sliced.model.to(device)
+    if device.type == "cpu":
+        # torch's fused attention goes backward at half the speed of the plain one on a CPU.
+        sliced.model.set_attn_implementation("eager")
     return device
 
 
-def prepare(run: RunFolder, sliced: SlicedModel) -> Prepared:
+def prepare(run: RunFolder, sliced: SlicedModel, *, export: bool = True) -> Prepared:
     """Export fronts and tokenizer into the run folder, or return what is there already.
+
+    Without `export` no fronts: devices of this process need none.
 
     Raises ModelError where the model cannot be exported, ConfigError where it cannot serve the
     task.
@@ -64,10 +71,22 @@ def prepare(run: RunFolder, sliced: SlicedModel) -> Prepared:
         return done
     config = run.config
     run.files.mkdir(exist_ok=True)
-    tokenizer = None if config.task.kind == "image" else _serve_tokenizer(config.model.name, run)
+    tokenizer = (
+        None
+        if config.task.kind == "image"
+        else _serve_tokenizer(config.model.name, run.root / "tokenizer", run.files)
+    )
     task = task_spec(config, sliced, tokenizer)
     fronts = tuple(
-        export_front(sliced, depth, config.model.front, run.files) for depth in _depths(config)
+        export_front(
+            sliced,
+            depth,
+            config.model.front,
+            run.files,
+            task.image_tokens or task.max_tokens,
+            config.wire.chunk_bytes,
+        )
+        for depth in (_depths(config) if export else [])
     )
     prepared = Prepared(
         task=task,
@@ -80,6 +99,20 @@ def prepare(run: RunFolder, sliced: SlicedModel) -> Prepared:
     )
     run.write_prepared(prepared)
     return prepared
+
+
+def task_alone(config: Config, sliced: SlicedModel) -> tuple[TaskSpec, tokenizers.Tokenizer | None]:
+    """The task and the tokenizer as `prepare` gives them, for who has no run folder.
+
+    Raises ModelError, ConfigError.
+    """
+    if config.task.kind == "image":
+        return task_spec(config, sliced, None), None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        served = _serve_tokenizer(config.model.name, folder / "tokenizer", folder)
+        own = tokenizers.Tokenizer.from_file(str(folder / served.name))
+    return task_spec(config, sliced, served), own
 
 
 def task_spec(config: Config, sliced: SlicedModel, tokenizer: FileRef | None) -> TaskSpec:
@@ -155,8 +188,8 @@ def _load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def _serve_tokenizer(name: str, run: RunFolder) -> FileRef:
-    folder = run.root / "tokenizer"
+def _serve_tokenizer(name: str, folder: Path, files: Path) -> FileRef:
+    """Save a tokenizer in `folder`, and its fast form in `files` under its content's name."""
     _load_tokenizer(name).save_pretrained(folder)
     source = folder / "tokenizer.json"
     if not source.is_file():
@@ -167,7 +200,7 @@ def _serve_tokenizer(name: str, run: RunFolder) -> FileRef:
             remedy="convert it with transformers' convert_slow_tokenizer and save it",
         )
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    target = run.files / f"tokenizer-{digest[:16]}.json"
+    target = files / f"tokenizer-{digest[:16]}.json"
     shutil.copyfile(source, target)
     return FileRef(name=target.name, sha256=digest, bytes=target.stat().st_size)
 

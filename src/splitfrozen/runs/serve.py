@@ -31,7 +31,7 @@ from splitfrozen.disk import write_whole
 from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
 from splitfrozen.planning.depth import Forecast, forecast
 from splitfrozen.records import Outcome, Prepared
-from splitfrozen.runs import summary
+from splitfrozen.runs import networklog, summary
 from splitfrozen.runs.folder import NO_SPACE, Address, RunFolder
 from splitfrozen.server import connections
 from splitfrozen.server.app import Services, build_app
@@ -69,7 +69,10 @@ def serve(source: Path) -> Outcome:
         StoreError: another process serves the run, or the disk refuses.
         SplitFrozenError: the run failed.
     """
-    run = RunFolder(source) if source.is_dir() else RunFolder.create(config.load(source))
+    wanted = RunFolder(source).config if source.is_dir() else config.load(source)
+    _refuse_what_train_does(wanted)
+    run = RunFolder(source) if source.is_dir() else RunFolder.create(wanted)
+    _refuse_trained(run)
     logs.also_to(run.root / "run.log")
     with (
         run.lock("serve"),
@@ -77,6 +80,30 @@ def serve(source: Path) -> Outcome:
         contextlib.closing(Store(run.store)) as store,
     ):
         return _Server(run, registry, store).run()
+
+
+def _refuse_what_train_does(wanted: Config) -> None:
+    """Over the network there is SplitFrozen so far. Raises ConfigError."""
+    for key, served in (("name", "splitfrozen"), ("reuse", "once"), ("shuffle", "global")):
+        got = getattr(wanted.method, key)
+        if got != served:
+            raise ConfigError(
+                f"`method.{key}` cannot be served",
+                got=repr(got),
+                allowed=repr(served),
+                remedy="train it in one process: splitfrozen train RUN.toml, with the rows in "
+                "[data]; or leave it out",
+            )
+
+
+def _refuse_trained(run: RunFolder) -> None:
+    if run.command == "train":
+        raise ConfigError(
+            f"{run.root} holds a run that was begun in one process",
+            got="`splitfrozen serve`",
+            allowed=f"splitfrozen train {run.root}",
+            remedy="continue it so, or give the served run its own run.folder",
+        )
 
 
 class _Server:
@@ -96,7 +123,7 @@ class _Server:
         run, registry = self._run, self._registry
         if registry.state().state == "done":
             log.info("the run was done already")
-            return summary.outcome(run, registry, self._store)
+            return self._done()
         log.info("serving %s", run.root)
         self._refuse_strange_store()
         self._store.recover()
@@ -161,13 +188,21 @@ class _Server:
             registry.set_state("failed", str(self._failure))
             raise self._failure
         if registry.state().state == "done":
-            return summary.outcome(self._run, registry, self._store)
+            return self._done()
         registry.set_state("stopped")
         log.info("stopped; the same command continues")
         # Not 0: what a script does next with the adapter has to wait.
         return dataclasses.replace(
             summary.outcome(self._run, registry, self._store), exit_code=INTERRUPTED
         )
+
+    def _done(self) -> Outcome:
+        """The summary. A run that was trained is not lost to its event log, which is made again."""
+        try:
+            networklog.write(self._run, self._registry, self._store)
+        except Exception as error:
+            log.warning("no event log was written: %s: %s", type(error).__name__, error)
+        return summary.outcome(self._run, self._registry, self._store)
 
     # --- the worker --------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ def status(run: Path) -> Outcome:
     if served:
         text += f"\n{progress}"
     elif data["state"] == "stopped":
-        text += f"; `splitfrozen serve {run}` continues"
+        text += f"; `splitfrozen {folder.command} {run}` continues"
     return Outcome({**data, "served": served}, text)
 
 
@@ -65,7 +65,7 @@ def stop(run: Path) -> Outcome:
                 remedy=f"kill -9 {serving}; the run continues with `splitfrozen serve`",
             )
         time.sleep(0.1)
-    return Outcome({"stopped": True}, f"stopped; `splitfrozen serve {run}` continues")
+    return Outcome({"stopped": True}, f"stopped; `splitfrozen {folder.command} {run}` continues")
 
 
 def invite(run: Path, count: int) -> Outcome:
@@ -131,7 +131,8 @@ def purge(run: Path, device: str) -> Outcome:
             registry.set_state("receiving")
     text = f"{device} is purged"
     if anew:
-        text += f", and so is what was trained; `splitfrozen serve {run}` trains without it"
+        text += ", and so is what was trained; "
+        text += f"`splitfrozen {folder.command} {run}` trains without it"
     return Outcome({"device": device, "trained_anew": anew}, text)
 
 

@@ -81,7 +81,7 @@ def text(data: dict[str, Any]) -> str:
     rows = [
         (
             device["id"],
-            _printable(device["name"] or "-"),
+            printable(device["name"] or "-"),
             _or_dash(device["depth"]),
             _or_dash(device["announced"]),
             str(device["samples"]),
@@ -95,7 +95,7 @@ def text(data: dict[str, Any]) -> str:
     ]
     lines = [table(header, rows), ""]
     lines += [
-        f"{device['id']} failed: {_printable(_cut(device['failure']))}"
+        f"{device['id']} failed: {printable(_cut(device['failure']))}"
         for device in data["devices"]
         if device["failure"] and not device["revoked"]
     ]
@@ -276,7 +276,7 @@ def _adapter(run: RunFolder) -> str | None:
     return None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """What a device says may hold control characters, which a terminal would obey."""
     return "".join(character if character.isprintable() else "?" for character in text)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from splitfrozen.data.tasks import encode_prompt
 from splitfrozen.errors import DataError, RequestError
-from splitfrozen.methods.splitfrozen import SplitFrozen
+from splitfrozen.methods.parts import Adapted, Whole
 from splitfrozen.model import adapters
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import evaluation
@@ -33,27 +32,24 @@ def evaluate(run: Path, data: str | None, adapter: str) -> Outcome:
     which = folder.adapter(adapter)
     sliced = load_sliced(config)
     device = to_fastest(sliced)
-    with tempfile.TemporaryDirectory() as scratch:
-        store = evaluation.open_store(Path(scratch) / "data", source, folder, prepared, sliced)
-        peft_model = adapters.open_adapter(sliced.model, which)
-        method = SplitFrozen(sliced, peft_model, config.model.cut, config.model.name)
-        measure = Evaluator(
-            method,
-            store,
-            config.task.kind,
-            micro_tokens=config.train.micro_tokens,
-            dtype=resolve(config.model.precision, device),
-            device=device,
-        )
-        found = evaluation.with_answers(
-            measure, source, folder, prepared, peft_model, sliced.longest
-        )()
-        samples = len(store.samples())
-        store.close()
+    samples = evaluation.open_samples(source, folder, prepared)
+    adapted = Adapted(sliced, adapters.open_adapter(sliced.model, which), config.model.name)
+    measure = Evaluator(
+        Whole(adapted),
+        samples,
+        config.task.kind,
+        micro_tokens=config.train.micro_tokens,
+        dtype=resolve(config.model.precision, device),
+        device=device,
+    )
+    found = evaluation.with_answers(
+        measure, source, folder, prepared, adapted.model, sliced.longest
+    )()
+    count = len(samples.samples())
     text = "\n".join(f"{name:<12} {value:.4f}" for name, value in found.metrics.items())
     return Outcome(
-        {"adapter": str(which), "data": source, "samples": samples, **found.metrics},
-        f"{text}\non {samples} samples of {source}, adapter {which}",
+        {"adapter": str(which), "data": source, "samples": count, **found.metrics},
+        f"{text}\non {count} samples of {source}, adapter {which}",
     )
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,22 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from splitfrozen import logs
 from splitfrozen.data.readers import read_rows
 from splitfrozen.disk import write_whole
 from splitfrozen.errors import DiskFullError, SplitFrozenError
-from splitfrozen.methods.splitfrozen import SplitFrozen
-from splitfrozen.model import adapters
+from splitfrozen.methods.bench import Bench
+from splitfrozen.methods.parts import Adapted, Upper
+from splitfrozen.methods.splitfrozen import pooled
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import Prepared, SampleTable
 from splitfrozen.runs import evaluation
 from splitfrozen.runs.attendance import Attendance, Silence, attendance, read_roster, write_roster
 from splitfrozen.runs.folder import NO_SPACE, STOPPED, RunFolder
 from splitfrozen.runs.prepare import load_sliced, prepare, to_fastest
+from splitfrozen.runs.recorder import Recorder
+from splitfrozen.runs.reporter import Reporter, shown
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 from splitfrozen.training.batching import Arrivals, FixedOrder, Order, ShuffleWindow, StreamingOrder
@@ -70,11 +72,16 @@ class Workplace:
     prepared: Prepared
     stop: threading.Event
     silence: Silence
+    recorder: Recorder
 
     def pause(self) -> None:
         """Wait a moment for the devices. Raises Stopped."""
         if self.stop.wait(POLL_S):
             raise Stopped
+
+    def report(self, event: dict[str, Any]) -> None:
+        """Write an event of the training, and when it was."""
+        self.run.report({**event, "time": time.time()})
 
     def attendance(self) -> Attendance:
         devices = self.registry.devices()
@@ -99,7 +106,8 @@ def work(run: RunFolder, stop: threading.Event) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     silence = Silence(run.config.devices.patience_s)
-    place = Workplace(run, registry, store, sliced, prepared, stop, silence)
+    recorder = Recorder(run, sliced.shape)
+    place = Workplace(run, registry, store, sliced, prepared, stop, silence, recorder)
     if registry.state().state == "preparing":
         registry.set_state("receiving")
     train(place)
@@ -112,31 +120,34 @@ def train(place: Workplace) -> None:
     device = to_fastest(sliced)
     dtype = resolve(config.model.precision, device)
     log.info("computing in %s on %s", str(dtype).removeprefix("torch."), device)
-    peft_model = adapters.attach(sliced, config.lora, config.model.cut, config.run.seed)
-    method = SplitFrozen(sliced, peft_model, config.model.cut, config.model.name)
-    evaluate = _evaluator(place, method, peft_model, dtype)
+    bench = Bench(sliced, config, place.at_cut(), dtype, report=place.report)
+    adapted = bench.adapt(config.model.cut)
+    evaluate = _evaluator(place, adapted, dtype)
     if evaluate is not None and not run.events("baseline"):
         before = evaluate().metrics
         run.report({"event": "baseline", "time": time.time(), **before})
-        log.info("before training: %s", _shown(before))
+        log.info("before training: %s", shown(before))
     lifter = Lifter(
         sliced, config.model.cut, micro_tokens=config.train.micro_tokens, device=device, dtype=dtype
     )
     run.training.mkdir(exist_ok=True)
     begin = _streaming if config.run.start == "streaming" else _complete
     order, samples = begin(place, lifter)
+    steps = math.ceil(samples / config.train.batch_size)
+    method = pooled(bench, adapted, steps)
     job = Job(config.train, config.run.seed, samples, dtype, run.training)
+    steps *= config.train.epochs
     place.registry.set_state("training")
-    run.report({"event": "training", "steps": job.steps, "samples": samples, "time": time.time()})
-    with _Reporter(run, job) as reporter:
+    run.report({"event": "training", "steps": steps, "samples": samples, "time": time.time()})
+    with Reporter(run, steps) as reporter:
         hooks = Hooks(reporter, evaluate, place.stop.is_set, place.pause)
-        outcome = fit(method, place.store, order, job, hooks)
+        outcome = fit(place.recorder.method(method), place.store, order, job, hooks)
     if outcome.stopped:
         raise Stopped
 
 
 def _evaluator(
-    place: Workplace, method: SplitFrozen, peft_model: object, dtype: torch.dtype
+    place: Workplace, adapted: Adapted, dtype: torch.dtype
 ) -> Callable[[], Evaluation] | None:
     config = place.run.config
     if config.task.eval is None:
@@ -145,16 +156,17 @@ def _evaluator(
         place.run.evaluation, config.task.eval, place.run, place.prepared, place.sliced
     )
     evaluator = Evaluator(
-        method,
+        Upper(adapted, config.model.cut),
         held_out,
         config.task.kind,
         micro_tokens=config.train.micro_tokens,
         dtype=dtype,
         device=place.sliced.model.device,
     )
-    return evaluation.with_answers(
-        evaluator, config.task.eval, place.run, place.prepared, peft_model, place.sliced.longest
+    evaluate = evaluation.with_answers(
+        evaluator, config.task.eval, place.run, place.prepared, adapted.model, place.sliced.longest
     )
+    return place.recorder.evaluation(evaluate, held_out.samples())
 
 
 def _complete(place: Workplace, lifter: Lifter) -> tuple[Order, int]:
@@ -205,7 +217,8 @@ class _Lifting:
         """Who is there now. What came since the last look is lifted; raises Stopped."""
         seen = self._place.attendance()
         if seen != self._seen:
-            self._lifter.advance(self._place.store, self._stop_between)
+            store = self._place.recorder.store(self._place.store)
+            self._lifter.advance(store, self._stop_between)
             self._seen = seen
         return seen
 
@@ -223,49 +236,6 @@ class _Lifting:
     def _stop_between(self, _done: int, _total: int) -> None:
         if self._place.stop.is_set():
             raise Stopped
-
-
-class _Reporter:
-    """Events go to metrics.jsonl, and to a bar where somebody looks."""
-
-    def __init__(self, run: RunFolder, job: Job) -> None:
-        self._run = run
-        self._epochs = job.spec.epochs
-        self._bar = tqdm(
-            total=job.steps,
-            desc="training",
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        )
-
-    def __enter__(self) -> _Reporter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        self._run.report({**event, "time": time.time()})
-        if event["event"] == "step":
-            self._bar.set_postfix(loss=f"{event['loss']:.3f}", refresh=False)
-            self._bar.update(int(event["step"]) - self._bar.n)
-        else:
-            if event["event"] == "resumed":
-                # Steps of before count for how far it is, not for the rate.
-                self._bar.initial = self._bar.n = self._bar.last_print_n = int(event["step"])
-            epoch = f"epoch {event['epoch'] + 1} of {self._epochs}, " if "epoch" in event else ""
-            with self._bar.external_write_mode(file=sys.stderr):
-                text = f"{epoch}step {event['step']}: {event['event']} {_shown(event)}"
-                log.info("%s", text.rstrip())
-
-
-def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:.4g}"
-        for name, value in values.items()
-        if isinstance(value, int | float) and name not in ("step", "epoch", "score", "best")
-    )
 
 
 def main(folder: Path) -> int:

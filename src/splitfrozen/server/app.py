@@ -58,6 +58,7 @@ from splitfrozen.server.assignment import front_of
 from splitfrozen.server.auth import bearer
 from splitfrozen.server.intake import Upload, receive
 from splitfrozen.server.registry import Registry
+from splitfrozen.server.reports import check_report
 from splitfrozen.server.store import Store
 
 MESSAGE_BYTES = 64 * 1024
@@ -233,7 +234,10 @@ def put_chunk(services: Services, call: Call) -> Response:
 
 
 def report(services: Services, call: Call) -> Response:
-    services.registry.report(call.device, _message(call, DeviceReport))
+    said = _message(call, DeviceReport)
+    announced = services.registry.device(call.device).announcement
+    check_report(said, 0 if announced is None else announced.samples)
+    services.registry.report(call.device, said)
     return Response(status_code=204)
 
 

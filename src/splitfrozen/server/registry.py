@@ -34,7 +34,7 @@ from splitfrozen.server.database import Database
 
 State = Literal["preparing", "receiving", "training", "done", "failed", "stopped"]
 
-VERSION = 1
+VERSION = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS devices (
@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS devices (
     token TEXT, token_hash TEXT NOT NULL UNIQUE, secret_hash TEXT UNIQUE,
     name TEXT NOT NULL DEFAULT '', version TEXT NOT NULL DEFAULT '',
     enrolled_at REAL, last_seen REAL, announcement BLOB, profile BLOB, profiled_at REAL,
-    depth INTEGER, report BLOB, failure TEXT, strikes INTEGER NOT NULL DEFAULT 0,
+    depth INTEGER, report BLOB, reported_at REAL, failure TEXT, strikes INTEGER NOT NULL DEFAULT 0,
     revoked INTEGER NOT NULL DEFAULT 0)
 """
 SEEN_S = 5.0
@@ -50,7 +50,7 @@ SEEN_S = 5.0
 
 _COLUMNS = (
     "id, slot, name, version, enrolled_at, last_seen, announcement, profile, depth, report, "
-    "failure, strikes, revoked"
+    "reported_at, failure, strikes, revoked"
 )
 
 
@@ -64,6 +64,7 @@ class DeviceRow:
         enrolled_at, last_seen: seconds since 1970; None before.
         announcement, profile, report: as it sent them; None before.
         depth: n of its front; None before it was assigned.
+        reported_at: when `report` came, seconds since 1970.
         failure: what it reported last, or why it got no front; None when well.
         strikes: bad chunks in a row.
         revoked: refused for good.
@@ -79,6 +80,7 @@ class DeviceRow:
     profile: DeviceProfile | None
     depth: int | None
     report: DeviceReport | None
+    reported_at: float | None
     failure: str | None
     strikes: int
     revoked: bool
@@ -265,10 +267,16 @@ class Registry:
     def report(self, device: str, report: DeviceReport) -> None:
         """Keep what a device reports at its end.
 
-        The last report counts, but one of a start that found everything stored replaces none.
+        The last report counts, but one of a start that found everything stored replaces none, and
+        one that comes again came when it came first.
         """
-        if report.chunks or self.device(device).report is None:
-            self._set(device, "report", msgspec.msgpack.encode(report))
+        with self._database.write() as database:
+            before = _row(database, device).report
+            if before is None or (report.chunks and report != before):
+                database.execute(
+                    "UPDATE devices SET report = ?, reported_at = ? WHERE id = ?",
+                    (msgspec.msgpack.encode(report), self.clock(), device),
+                )
 
     def fail(self, device: str, message: str) -> None:
         """Keep why a device cannot go on."""
@@ -347,9 +355,7 @@ class Registry:
                 [("state", state), ("error", error), ("since", self.clock())],
             )
 
-    def _set(
-        self, device: str, column: Literal["report", "failure", "strikes"], to: object
-    ) -> None:
+    def _set(self, device: str, column: Literal["failure", "strikes"], to: object) -> None:
         with self._database.write() as database:
             database.execute(f"UPDATE devices SET {column} = ? WHERE id = ?", (to, device))  # noqa: S608
 

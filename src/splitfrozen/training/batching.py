@@ -29,7 +29,7 @@ import torch
 from splitfrozen import rng
 from splitfrozen.disk import explained, sync_folder
 from splitfrozen.errors import StoreError
-from splitfrozen.records import IGNORED, Activation, Ints, SampleKey, SampleTable
+from splitfrozen.records import IGNORED, Activation, Floats, Ints, SampleKey, SampleTable
 
 
 def epoch_order(table: SampleTable, seed: int, epoch: int) -> Ints:
@@ -84,18 +84,27 @@ class MicroBatch:
 def collate(activations: Sequence[Activation]) -> MicroBatch:
     """Pad activations of one depth to one length."""
     lengths = [len(activation.hidden) for activation in activations]
-    wide = max(len(activation.targets) for activation in activations)
-    shape = (len(activations), max(lengths), activations[0].hidden.shape[1])
-    hidden = np.zeros(shape, np.float32)
-    targets = np.full((len(activations), wide), IGNORED, np.int64)
-    for row, activation in enumerate(activations):
-        hidden[row, : lengths[row]] = activation.hidden
-        targets[row, : len(activation.targets)] = activation.targets
     return MicroBatch(
-        torch.from_numpy(hidden),
+        torch.from_numpy(pad([activation.hidden for activation in activations])),
         torch.tensor(lengths, dtype=torch.int64),
-        torch.from_numpy(targets),
+        pad_targets([activation.targets for activation in activations]),
     )
+
+
+def pad(rows: Sequence[Floats]) -> Floats:
+    """float32 [T, D] each -> [B, T, D], padded on the right with zeros."""
+    padded = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
+
+
+def pad_targets(rows: Sequence[Ints]) -> torch.Tensor:
+    """int32 [1] or [T] each -> int64 [B, 1] or [B, T], padded on the right with IGNORED."""
+    padded = np.full((len(rows), max(map(len, rows))), IGNORED, np.int64)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 class Order(Protocol):

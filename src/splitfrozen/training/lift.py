@@ -21,7 +21,7 @@ to one chunk and is lifted once; only the last bits then depend on what came fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -98,12 +98,13 @@ class Lifter:
         done = 0
         for group in groups:
             activations = store.read([SampleKey(group.device, id_) for id_ in group.samples])
-            store.replace(group.device, self._lift(activations))
+            store.replace(group.device, self.lift(activations))
             done += len(activations)
             progress(done, total)
         return done
 
-    def _lift(self, activations: list[Activation]) -> list[Activation]:
+    def lift(self, activations: Sequence[Activation]) -> list[Activation]:
+        """Bring activations of one depth, at most the cut, to the cut; in their order."""
         lifted: dict[int, Activation] = {}
         for group in split([len(a.hidden) for a in activations], self._micro_tokens):
             members = [activations[i] for i in group]

@@ -37,19 +37,37 @@ from splitfrozen.training.checkpoint import (
     write_checkpoint,
 )
 from splitfrozen.training.evaluate import Evaluation
-from splitfrozen.training.optimise import (
-    Item,
-    ItemIn,
-    NotFiniteError,
-    Optimiser,
-    Trainable,
-)
+from splitfrozen.training.optimise import Gradients, Item, ItemIn, NotFiniteError, StepResult
 
 ItemOut = TypeVar("ItemOut", covariant=True)
 
 
-class Method(Trainable[ItemIn], Protocol[ItemIn]):
-    """What differs between methods: what is trained, its loss and how its result is saved."""
+class Method(Protocol[ItemIn]):
+    """What differs between methods: what a step trains on which side, and what its result is.
+
+    Attributes:
+        gradients: how all its gradients are computed.
+    """
+
+    @property
+    def gradients(self) -> Gradients: ...
+
+    def step(self, keys: Sequence[SampleKey], items: Sequence[ItemIn], step: int) -> StepResult:
+        """Do step number `step`, counted from 0, over a batch.
+
+        Raises:
+            NotFiniteError: the loss or its gradient is not a number.
+            SplitFrozenError: memory ran out.
+        """
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the steps changed, by name: to be copied or written, not kept."""
+        ...
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave. Raises StoreError on any other names or shapes."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Write the adapter as `folder`, durably, in place of an older one."""
@@ -69,7 +87,7 @@ class Job:
     Attributes:
         spec: the optimisation.
         seed: of the run.
-        samples: of one epoch, as announced; with fewer, the learning rate ends above 0.
+        samples: of one epoch, as announced.
         dtype: what to compute in.
         folder: receives `checkpoint.safetensors`, `last/` and `best/`.
     """
@@ -79,11 +97,6 @@ class Job:
     samples: int
     dtype: torch.dtype
     folder: Path
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole training."""
-        return math.ceil(self.samples / self.spec.batch_size) * self.spec.epochs
 
     @property
     def identity(self) -> str:
@@ -167,9 +180,6 @@ class _Fit(Generic[Item]):
         self._order = order
         self._job = job
         self._hooks = hooks
-        self._optimiser = Optimiser(
-            method, job.spec, steps=job.steps, seed=job.seed, dtype=job.dtype, report=hooks.report
-        )
         self._at = Progress(job.identity, job.spec.micro_tokens)
 
     def run(self) -> Outcome:
@@ -195,7 +205,7 @@ class _Fit(Generic[Item]):
         at = self._at
         try:
             items = self._reader.read(keys, self._order.known(at.epoch, at.index + 1))
-            result = self._optimiser.step(items, at.step)
+            result = self._method.step(keys, items, at.step)
         except NotFiniteError as error:
             samples = [f"{key.device}/{key.sample}" for key in keys]
             self._report("diverged", samples=samples)
@@ -233,8 +243,8 @@ class _Fit(Generic[Item]):
             self._method.save(folder)
 
     def _checkpoint(self) -> None:
-        self._at.micro_tokens = self._optimiser.micro_tokens
-        write_checkpoint(self._path, self._at, self._optimiser.state())
+        self._at.micro_tokens = self._method.gradients.micro_tokens
+        write_checkpoint(self._path, self._at, self._method.state())
 
     def _resume(self) -> None:
         found = read_checkpoint(self._path)
@@ -248,8 +258,9 @@ class _Fit(Generic[Item]):
                 allowed=f"{self._job.identity[:12]}, from [train], seed, precision and samples",
                 remedy="restore the run's configuration, or delete the checkpoint to begin anew",
             )
-        self._optimiser.load_state(tensors)
-        self._optimiser.micro_tokens = min(progress.micro_tokens, self._job.spec.micro_tokens)
+        self._method.load_state(tensors)
+        micro_tokens = min(progress.micro_tokens, self._job.spec.micro_tokens)
+        self._method.gradients.micro_tokens = micro_tokens
         self._at = progress
         self._check_order()
         self._report("resumed")

@@ -1,16 +1,19 @@
-"""One optimiser step over one batch, for every method.
+"""Gradients of a batch, and what an optimiser makes of them: for every method.
 
-The batch goes through the model in micro-batches. Each micro-batch's summed loss is divided by the
+A batch goes through the model in micro-batches. Each micro-batch's summed loss is divided by the
 number of targets in the whole batch, which is known beforehand, so the gradient is that of the mean
 over the batch however it was split. Dropout draws once a micro-batch, so its masks depend on that.
+
+Methods that train on devices have an optimiser for each of them and share one `Gradients`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -45,11 +48,7 @@ ItemIn = TypeVar("ItemIn", bound=HasTargets, contravariant=True)
 
 
 class Trainable(Protocol[ItemIn]):
-    """What an optimiser step needs of a method."""
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by name; the same on every call."""
-        ...
+    """A part of a model with a loss."""
 
     def length(self, item: ItemIn) -> int:
         """Tokens that the item takes in a batch."""
@@ -66,7 +65,8 @@ class StepResult:
 
     Attributes:
         loss: mean over the targets, before the update.
-        grad_norm: of all gradients together, before clipping.
+        grad_norm: of all gradients of an optimiser together, before clipping; the largest of
+            several optimisers'.
         lr: learning rate of the step.
         targets: number of targets in the batch.
     """
@@ -75,6 +75,17 @@ class StepResult:
     grad_norm: float
     lr: float
     targets: int
+
+    @classmethod
+    def of(cls, results: Sequence[StepResult]) -> StepResult:
+        """Several optimisers' results as that of one step."""
+        targets = sum(result.targets for result in results)
+        return cls(
+            sum(result.loss * result.targets for result in results) / max(1, targets),
+            max(result.grad_norm for result in results),
+            results[0].lr,
+            targets,
+        )
 
 
 class NotFiniteError(SplitFrozenError):
@@ -102,56 +113,42 @@ def learning_rate(step: int, steps: int, spec: TrainSpec) -> float:
     return spec.lr * max(0, steps - step) / max(1, steps - warmup)
 
 
-class Optimiser(Generic[Item]):
-    """AdamW with a schedule, clipping, accumulation, mixed precision and care for memory.
+def targets_of(items: Sequence[HasTargets]) -> int:
+    """Number of targets that carry a loss."""
+    return sum(int((item.targets != IGNORED).sum()) for item in items)
 
-    Attributes:
-        micro_tokens: bound on the padded tokens of a micro-batch; halved when memory runs out.
-    """
+
+class Optimiser:
+    """AdamW with a schedule and clipping over some parameters."""
 
     def __init__(
-        self,
-        method: Trainable[Item],
-        spec: TrainSpec,
-        *,
-        steps: int,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-        report: Callable[[dict[str, Any]], None] = lambda _: None,
+        self, parameters: Mapping[str, torch.nn.Parameter], spec: TrainSpec, steps: int
     ) -> None:
         """Start with fresh moments.
 
         Args:
-            method: what is trained.
+            parameters: what is trained, by name.
             spec: the optimisation.
             steps: of the whole training; the learning rate reaches 0 there.
-            seed: of the run; dropout draws from (seed, step).
-            dtype: what to compute in; parameters and moments stay as they are.
-            report: takes an event when memory runs out.
         """
-        self.micro_tokens = spec.micro_tokens
-        self._method = method
+        self.parameters = dict(parameters)
         self._spec = spec
         self._steps = steps
-        self._seed = seed
-        self._dtype = dtype
-        self._report = report
-        self._parameters = method.parameters()
-        self._device = next(iter(self._parameters.values())).device
+        self._device = next(iter(self.parameters.values())).device
         self._adam = torch.optim.AdamW(
-            self._parameters.values(), lr=spec.lr, weight_decay=spec.weight_decay
+            self.parameters.values(), lr=spec.lr, weight_decay=spec.weight_decay
         )
 
-    def step(self, items: Sequence[Item], step: int) -> StepResult:
-        """Do step number `step`, counted from 0, over a batch.
+    def step(self, loss: float, targets: int, step: int) -> StepResult:
+        """Do step number `step`, counted from 0, along the gradients that the parameters have.
+
+        Args:
+            loss: that they are of: a mean over `targets`.
 
         Raises:
             NotFiniteError: the loss or a gradient is; the parameters were not touched.
-            SplitFrozenError: memory ran out with the smallest micro-batches too.
         """
-        targets = sum(int((item.targets != IGNORED).sum()) for item in items)
-        loss = self._gradients(items, step, targets)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._spec.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._spec.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise NotFiniteError(
                 f"training has diverged at step {step + 1}",
@@ -168,7 +165,7 @@ class Optimiser(Generic[Item]):
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and moments by name; they belong to the optimiser, so copy or write them."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter
             # A parameter that no gradient has reached yet has no moments.
             for moment, value in self._adam.state.get(parameter, {}).items():
@@ -178,7 +175,7 @@ class Optimiser(Generic[Item]):
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what `state` gave. Raises StoreError on any other names or shapes."""
         self._check(tensors)
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"parameter.{name}"])
             if f"step.{name}" in tensors:
@@ -190,8 +187,8 @@ class Optimiser(Generic[Item]):
                 }
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
-        shapes = {f"parameter.{name}": value.shape for name, value in self._parameters.items()}
-        for name, value in self._parameters.items():
+        shapes = {f"parameter.{name}": value.shape for name, value in self.parameters.items()}
+        for name, value in self.parameters.items():
             present = [moment for moment in _MOMENTS if f"{moment}.{name}" in tensors]
             for moment in _MOMENTS if present else ():
                 shapes[f"{moment}.{name}"] = torch.Size() if moment == "step" else value.shape
@@ -208,16 +205,68 @@ class Optimiser(Generic[Item]):
                 remedy="continue with the model and [lora] that the run began with",
             )
 
-    def _gradients(self, items: Sequence[Item], step: int, targets: int) -> float:
-        """Leave the batch's gradient in the parameters and return its loss."""
-        lengths = [self._method.length(item) for item in items]
+
+class Gradients:
+    """Computes gradients in micro-batches, in mixed precision, with care for memory.
+
+    Attributes:
+        micro_tokens: bound on the padded tokens of a micro-batch; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        report: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        """Take what is common to all batches.
+
+        Args:
+            spec: gives `micro_tokens`.
+            seed: of the run; dropout draws from it, the step and who computes.
+            device: where the model is.
+            dtype: what to compute in; parameters and gradients stay as they are.
+            report: takes an event when memory runs out.
+        """
+        self.micro_tokens = spec.micro_tokens
+        self.device = device
+        self._seed = seed
+        self._dtype = dtype
+        self._report = report
+
+    def of(
+        self,
+        part: Trainable[Item],
+        parameters: Iterable[torch.nn.Parameter],
+        items: Sequence[Item],
+        step: int,
+        *who: str,
+    ) -> tuple[float, int]:
+        """Leave the gradient of the batch's mean loss in `parameters`.
+
+        Returns:
+            The loss, and the number of targets that it is the mean over.
+
+        Raises:
+            SplitFrozenError: memory ran out with the smallest micro-batches too.
+        """
+        parameters = list(parameters)
+        targets = targets_of(items)
+        lengths = [part.length(item) for item in items]
         for _ in range(HALVINGS + 1):
+            for parameter in parameters:
+                parameter.grad = None
             groups = split(lengths, self.micro_tokens)
-            loss = self._accumulate([[items[i] for i in group] for group in groups], step, targets)
-            if loss is not None:
-                return loss
+            micro_batches = [[items[i] for i in group] for group in groups]
+            losses = self._accumulate(part, micro_batches, step, max(1, targets), who)
+            if losses is not None:
+                # Reading a number waits for the GPU, so all are read at once.
+                return float(sum(torch.stack(losses).tolist())), targets
             # Out here the exception is gone, and with it the tensors that its frames held.
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             largest = max(len(group) * lengths[group[0]] for group in groups)
             self.micro_tokens = max(1, min(largest, self.micro_tokens) // 2)
@@ -231,27 +280,40 @@ class Optimiser(Generic[Item]):
             remedy="lower train.micro_tokens or task.max_tokens, or free memory; the run continues",
         )
 
+    @contextmanager
+    def drawing(self, step: int, *who: str) -> Iterator[None]:
+        """Dropout in here depends on the step and on `who` computes."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(rng.derive(self._seed, "dropout", step, *who))
+            yield
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision, for forward passes."""
+        return autocast(self.device, self._dtype)
+
     def _accumulate(
-        self, micro_batches: Sequence[Sequence[Item]], step: int, targets: int
-    ) -> float | None:
-        """Return the batch's loss, or None where memory ran out."""
-        self._adam.zero_grad()
+        self,
+        part: Trainable[Item],
+        micro_batches: Sequence[Sequence[Item]],
+        step: int,
+        targets: int,
+        who: tuple[str, ...],
+    ) -> list[torch.Tensor] | None:
+        """Return the micro-batches' shares of the loss, or None where memory ran out."""
         losses: list[torch.Tensor] = []
-        devices = [self._device] if self._device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(rng.derive(self._seed, "dropout", step))
+            with self.drawing(step, *who):
                 for items in micro_batches:
-                    with autocast(self._device, self._dtype):
-                        loss = self._method.loss(items) / max(1, targets)
+                    with self.autocast():
+                        loss = part.loss(items) / targets
                     loss.backward()  # type: ignore[no-untyped-call]
                     losses.append(loss.detach())
-            # Reading a number waits for the GPU, so all are read at once.
-            return float(sum(torch.stack(losses).tolist()))
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             return None
+        return losses
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,216 @@
+"""Write docs/results.md and its plots from the files in benchmarks/results.
+
+    python scripts/make_results.py
+
+The document says nothing that is not in these files but how they were made. Each file has a section
+below; a file that is not there has none in the document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from splitfrozen.runs import plots
+from splitfrozen.runs.findings import measures, scores, told_gains
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "results.md"
+PLOTS = ROOT / "docs" / "results"
+
+Result = Mapping[str, Any]
+
+HEAD = """\
+# Results
+Made by `scripts/make_results.py` from the files in `benchmarks/results`, which hold config, seeds,
+environment and curves. What was tried and did not work is in [log.md](log.md).
+"""
+
+ACCURACY = """\
+Every method is trained on the same rows, held by the same ten devices, in the same loop. The
+learning rate of each data set, partition and method was chosen among the same candidates on rows
+of the training data that they were not trained on, and then taken for all ranks and seeds.
+Accuracy is that after the last epoch, on the test rows, which chose nothing. A cell is the mean
+over the seeds, ± half of the distance between them.
+"""
+
+FIGURE3 = """\
+The paper's figure 3: what SplitFrozen gains over SplitLoRA as the labels get more skewed, from the
+left to the right. The paper's largest gain is 172.1 %.
+"""
+
+TABLE3 = """\
+The paper's Table III with a small Llama pretrained by `scripts/pretrain_gsm8k.py`, as Llama-3.2-1B
+cannot be had without a hub. Both questions of the paper's table are in GSM8K's training split, so
+what a model says to them is what it was trained on, in the paper too; exact match is on test rows.
+"""
+
+
+def main() -> None:
+    results = read()
+    DOCUMENT.write_text(document(results))
+    PLOTS.mkdir(exist_ok=True)
+    for name in PLOTTED & results.keys():
+        plots.draw(results[name], PLOTS / f"{name}.png")
+    print(f"wrote {DOCUMENT.relative_to(ROOT)} from {', '.join(results)}")
+
+
+def read() -> dict[str, Result]:
+    """The result files that have a section, in the order of the sections."""
+    paths = {name: RESULTS / f"{name}.json" for name in SECTIONS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def document(results: Mapping[str, Result]) -> str:
+    """The whole document."""
+    parts = [HEAD]
+    parts += [f"{SECTIONS[name](result)}\n{_made_on(result)}" for name, result in results.items()]
+    return "\n".join(parts)
+
+
+def accuracy(result: Result) -> str:
+    parts = ["## Accuracy of all methods", ACCURACY, *_tables(result)]
+    parts += ["### Gains", *(f"- {line}" for line in told_gains(result["gains"])), ""]
+    parts += [
+        "![Accuracy by method, partition and rank](results/accuracy.png)",
+        "",
+        *_tried(result),
+    ]
+    return "\n".join(parts)
+
+
+def figure3(result: Result) -> str:
+    gained = result["gains"]["each"]
+    ranks = sorted({one["rank"] for one in gained})
+    names = list(dict.fromkeys(one["partition"] for one in gained))
+    gains = {(one["partition"], one["rank"]): one["over_splitlora_percent"] for one in gained}
+    lines = [[name, *(_signed(gains.get((name, rank))) for rank in ranks)] for name in names]
+    parts = ["## Gain over SplitLoRA by skew and rank", FIGURE3]
+    parts += [_table(["alpha", *(f"rank {rank}, percent" for rank in ranks)], lines), ""]
+    parts += ["![Gain over SplitLoRA by alpha and rank](results/figure3.png)", ""]
+    return "\n".join([*parts, *_tables(result), *_tried(result)])
+
+
+def table3(result: Result) -> str:
+    parts = ["## Generation on GSM8K", TABLE3, *_tables(result)]
+    for number, prompt in enumerate(result["config"]["experiment"]["prompts"]):
+        said = [
+            [result["labels"][one["method"]], _plain(one["answers"][number])]
+            for one in result["answers"]
+        ]
+        parts += [_table(["question", _plain(prompt)], said), ""]
+    return "\n".join([*parts, *_tried(result)])
+
+
+def network(result: Result) -> str:
+    lines = [
+        [name, *(f"{row[f'accuracy_{when}']:.3f}" for when in ("before", "after"))]
+        for name, row in result["rows"].items()
+    ]
+    return "\n".join(
+        [
+            "## MRPC over the network",
+            "Ten device processes and a server over HTTPS on one machine (`benchmarks/mrpc.py`);",
+            "MiniLM, cut 2, depths 1 and 2, "
+            f"learning rate {result['lr']:g}, seed {result['seed']}.",
+            "",
+            _table(["partition", "accuracy before", "after"], lines),
+            "",
+        ]
+    )
+
+
+def front(result: Result) -> str:
+    setting = result["setting"]
+    lines = [
+        [name, f"{row['ms']:.0f}", f"{row['times_as_fast']:.1f}"]
+        for name, row in result["rows"].items()
+    ]
+    return "\n".join(
+        [
+            "## The front on a device",
+            f"{setting['depth']} blocks of GPT-2 small's shape on {setting['batch']} x "
+            f"{setting['tokens']} tokens, {setting['threads']} thread (`benchmarks/front.py`).",
+            "",
+            _table(["front", "ms", "times as fast as torch eager"], lines),
+            "",
+        ]
+    )
+
+
+SECTIONS: Mapping[str, Callable[[Result], str]] = {
+    "accuracy": accuracy,
+    "figure3": figure3,
+    "table3": table3,
+    "mrpc": network,
+    "front": front,
+}
+PLOTTED = {"accuracy", "figure3"}
+
+
+def _tables(result: Result) -> list[str]:
+    parts = []
+    for dataset in dict.fromkeys(row["dataset"] for row in result["rows"]):
+        majority = result["majority"].get(dataset)
+        beside = "" if majority is None else f"; the majority class has {100 * majority:.1f}"
+        parts.append(f"### {dataset}")
+        for measure, told in measures(result["rows"]).items():
+            own = scores(result["rows"], dataset, result["labels"], measure)
+            parts += [f"{told.capitalize()}{beside}.", "", _table(*own), ""]
+    return parts
+
+
+def _tried(result: Result) -> list[str]:
+    """Which rates were tried, and how each did on the held-out training rows."""
+    lines = [
+        [
+            one["dataset"],
+            one["partition"],
+            result["labels"][one["method"]],
+            "-" if one["lr"] is None else f"{one['lr']:g}",
+            ", ".join(f"{each['lr']:g}: {_score(each['score'])}" for each in one["tried"]),
+        ]
+        for one in result["tried"]
+        if one["tried"]
+    ]
+    if not lines:
+        return []
+    header = ["data set", "partition", "method", "chosen", "tried: score on held-out rows"]
+    return ["### Learning rates", _table(header, lines), ""]
+
+
+def _score(score: float | None) -> str:
+    return "diverged" if score is None else f"{score:.3f}"
+
+
+def _made_on(result: Result) -> str:
+    found = result["environment"]
+    return (
+        f"On {found['cores']} cores of {found['processor']}, Python {found['python']}, "
+        f"torch {found['torch']}, transformers {found['transformers']}, peft {found['peft']}, "
+        f"ONNX Runtime {found['onnxruntime']}; commit {found['commit']}.\n"
+    )
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _plain(text: str) -> str:
+    """One line, in which nothing is taken for a mark of the document."""
+    line = " ".join(text.split())
+    return "".join(
+        f"\\{character}" if character in "|<>*_`#[]$" else character for character in line
+    )
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""FedLoRA: LoRA on all blocks of a whole model on each device, averaged at the end of a round.
+
+Devices train in parallel: a step holds one batch of every device that has samples left in the
+epoch, so devices with more samples take more steps, as in FedAvg with local epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from splitfrozen.methods.bench import Bench, Built, Rounds, by_device
+from splitfrozen.methods.parts import Adapted, Whole
+from splitfrozen.methods.replicas import Replicas
+from splitfrozen.records import Sample, SampleKey
+from splitfrozen.training.optimise import Gradients, StepResult
+from splitfrozen.training.orders import DeviceOrder
+
+
+def build(bench: Bench) -> Built:
+    """Give every device adapters on all blocks. Raises ModelError."""
+    config = bench.config
+    adapted = bench.adapt(0)
+    order = DeviceOrder(bench.samples, config.run.seed, config.train.batch_size)
+    steps = order.steps_per_epoch
+    replicas = Replicas(
+        adapted.model,
+        list(adapted.parameters()),
+        bench.samples.devices,
+        config.train,
+        steps * config.train.epochs,
+    )
+    rounds = Rounds.of(config, steps)
+    method = FedLora(adapted, replicas, rounds, bench.gradients(), bench.sent)
+    return Built(method, adapted, order, steps, rounds, "samples")
+
+
+class FedLora:
+    """As `training.loop.Method` over samples."""
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        replicas: Replicas,
+        rounds: Rounds,
+        gradients: Gradients,
+        sent: Callable[[str, str, str, int], None],
+    ) -> None:
+        self.gradients = gradients
+        self._adapted = adapted
+        self._whole = Whole(adapted)
+        self._replicas = replicas
+        self._rounds = rounds
+        self._sent = sent
+
+    def step(self, keys: Sequence[SampleKey], items: Sequence[Sample], step: int) -> StepResult:
+        results = []
+        for device, batch in by_device(keys, items).items():
+            optimiser = self._replicas.enter(device, len(batch))
+            loss, targets = self.gradients.of(
+                self._whole, optimiser.parameters.values(), batch, step, device
+            )
+            results.append(optimiser.step(loss, targets, step))
+        if self._rounds.ends(step):
+            for device in self._replicas.average():
+                self._sent(device, "server", "adapter", self._replicas.bytes)
+                self._sent("server", device, "adapter", self._replicas.bytes)
+        self._replicas.leave()
+        return StepResult.of(results)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self._replicas.state()
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._replicas.load_state(tensors)
+
+    def save(self, folder: Path) -> None:
+        """Write the global adapter."""
+        self._adapted.save(folder)

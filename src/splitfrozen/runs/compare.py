@@ -1,0 +1,255 @@
+"""`splitfrozen compare`: several methods side by side, each with a learning rate tuned alike.
+
+Three stages: tune, train, report. A learning rate is chosen for every dataset, partition and method
+by training on a part of the training rows and measuring on another; the rows that are reported
+choose nothing. Then every rank and seed is trained with it. Cells that failed are named and the
+rest is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from splitfrozen import rng
+from splitfrozen.config import Config
+from splitfrozen.data.readers import read_rows
+from splitfrozen.disk import explained, write_whole
+from splitfrozen.errors import ConfigError
+from splitfrozen.records import Outcome
+from splitfrozen.runs import findings, grid, plots
+from splitfrozen.runs.cells import Cells, Progress, Runner, Subprocesses, locked, size
+from splitfrozen.runs.environment import environment
+from splitfrozen.runs.findings import Findings, Trained, Tuned
+from splitfrozen.runs.grid import Choice, Experiment, Group, Split
+from splitfrozen.runs.prepare import COLUMNS
+
+log = logging.getLogger("splitfrozen.compare")
+
+_COLUMN = "data.column"
+
+
+def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path | None) -> Outcome:
+    """Run an experiment, or continue it.
+
+    Args:
+        source: the experiment's TOML file.
+        settings: `table.key=value` each, in place of what the file says.
+        jobs: cells at a time; all cores where it is None.
+        out: folder for NAME.json, NAME.csv and NAME.png; nothing is written where it is None.
+
+    Raises:
+        ConfigError: the file, or a setting.
+        DataError: rows that cannot be read.
+        StoreError: another `compare` is at work in the folder, or the disk refuses.
+    """
+    experiment = grid.load(source, settings)
+    if jobs is not None and jobs < 1:
+        raise ConfigError("`--jobs` is wrong", got=jobs, allowed="1 or more", remedy="leave it out")
+    with locked(experiment.folder), _ended_by_sigterm():
+        runner = Subprocesses(experiment.folder)
+        found = run(experiment, runner, jobs or _cores())
+    data = findings.report(found)
+    text = findings.text(found, data)
+    if out is not None:
+        text += "\n\n" + "\n".join(map(str, write(found, data, out)))
+    return Outcome(data, text, 1 if found.failures else 0)
+
+
+def run(experiment: Experiment, runner: Runner, jobs: int) -> Findings:
+    """Tune and train all cells that are not finished; `locked` holds the experiment's folder."""
+    held_out = {one.name: _hold_out(experiment, one) for one in experiment.datasets}
+    progress = Progress(jobs)
+    cells = Cells(experiment.folder, runner, jobs, progress)
+    try:
+        rates = _tune(experiment, cells, held_out)
+        planned = [
+            cell
+            for group in experiment.groups()
+            if (rate := rates[_names(group)].lr) is not None
+            for cell in experiment.cells(group, rate)
+        ]
+        results = cells.finish(planned)
+    finally:
+        progress.close()
+    lost = {
+        ", ".join(name): "no learning rate that was tried gave a finite loss"
+        for name, tuned in rates.items()
+        if tuned.lr is None
+    }
+    return Findings(
+        experiment=experiment,
+        trained=[Trained(c, results[c.key]) for c in planned if c.key in results],
+        tuned=rates,
+        majority={one.name: _majority(experiment, one) for one in experiment.datasets},
+        failures=cells.failures | lost,
+    )
+
+
+def write(found: Findings, data: Mapping[str, object], out: Path) -> list[Path]:
+    """Write NAME.json, NAME.csv and NAME.png; returns their paths. Raises StoreError."""
+    name = found.experiment.name
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    result = {**findings.kept(found, data), "environment": environment()}
+    paths = [out / f"{name}.{ending}" for ending in ("json", "csv", "png")]
+    write_whole(paths[0], findings.to_json(result).encode())
+    write_whole(paths[1], findings.to_csv(found).encode())
+    with explained(paths[2]):
+        plots.draw(result, paths[2])
+    return paths
+
+
+# --- learning rates ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Search:
+    """The rates that a group tried and is to try."""
+
+    group: Group
+    todo: list[float]
+    tried: dict[float, float | None] = field(default_factory=dict)
+
+    def best(self) -> float | None:
+        """The rate with the highest score, the lower one among equals; None where none worked."""
+        good = {lr: score for lr, score in self.tried.items() if score is not None}
+        return max(good, key=lambda lr: (good[lr], -lr), default=None)
+
+    def beyond(self, rates: Sequence[float]) -> list[float]:
+        """The next rate where the best one is the first or last; the step is that of `rates`."""
+        best = self.best()
+        if best is None or min(self.tried) < best < max(self.tried):
+            return []
+        high = best == max(self.tried)
+        return [_rounded(best * (rates[-1] / rates[-2] if high else rates[0] / rates[1]))]
+
+
+def _tune(
+    experiment: Experiment, cells: Cells, held_out: Mapping[str, Split]
+) -> dict[tuple[str, str, str], Tuned]:
+    """Choose a learning rate for every group."""
+    tune = experiment.tune
+    if not tune.needed:
+        return {_names(group): Tuned(tune.rates[0], {}) for group in experiment.groups()}
+    searches = [_Search(group, list(tune.rates)) for group in experiment.groups()]
+    final = {c.key: c for s in searches for c in experiment.cells(s.group, tune.rates[0])}
+    later = sum(size(cell) for cell in final.values())
+    for _ in range(1 + tune.extend):
+        planned = [
+            (search, lr, experiment.tuning_cell(search.group, lr, held_out[search.group[0].name]))
+            for search in searches
+            for lr in search.todo
+        ]
+        results = cells.finish([cell for _, _, cell in planned], later)
+        for search, lr, cell in planned:
+            if cell.key in results:
+                search.tried[lr] = results[cell.key].score
+        for search in searches:
+            search.todo = [lr for lr in search.beyond(tune.rates) if lr not in search.tried]
+    return {_names(s.group): Tuned(s.best(), dict(sorted(s.tried.items()))) for s in searches}
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _names(group: Group) -> tuple[str, str, str]:
+    return group.dataset.name, group.partition.name, group.method.name
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def _hold_out(experiment: Experiment, dataset: Choice) -> Split:
+    """Write the rows to tune on and to measure that on, both drawn from the training data.
+
+    Raises DataError, ConfigError, StoreError.
+    """
+    tune, made = experiment.tune, _config(experiment, dataset)
+    folder = experiment.folder / "tune"
+    assert made.data is not None
+    origin = grid.fingerprint(made.data.train)[:12].replace("/", "-")
+    stem = f"{origin}-{tune.seed}-{tune.rows}-{tune.held_out}"
+    split = Split(folder / f"{stem}-train.jsonl", folder / f"{stem}-held-out.jsonl")
+    if not tune.needed or all(path.exists() for path in split):
+        return split
+    rows = list(_rows(made, made.data.train))
+    needed = tune.held_out + tune.rows
+    if needed > len(rows):
+        raise ConfigError(
+            f"too few rows in {made.data.train} to tune on",
+            got=len(rows),
+            allowed=f"tune.rows + tune.held_out = {needed} or more",
+            remedy="lower them",
+        )
+    drawn = rng.stream(tune.seed, "tune").permutation(len(rows))[:needed]
+    folder.mkdir(exist_ok=True)
+    parts = drawn[tune.held_out :], drawn[: tune.held_out]
+    for path, part in zip(split, parts, strict=True):
+        text = "".join(_line(rows[i], made.data.train) for i in sorted(part))
+        write_whole(path, text.encode())
+    return split
+
+
+def _config(experiment: Experiment, dataset: Choice) -> Config:
+    return experiment.config(Group(dataset, experiment.partitions[0], experiment.methods[0]))
+
+
+def _rows(made: Config, source: str) -> Iterator[dict[str, object]]:
+    """The rows of a file under its own names of the columns."""
+    assert made.data is not None
+    columns = {name: name for name in COLUMNS[made.task.kind]} | dict(made.task.columns)
+    columns |= {_COLUMN: made.data.column} if made.data.column else {}
+    for row in read_rows(source, columns, lambda _: None):
+        yield {columns[ours]: value for ours, value in row.values.items()}
+
+
+def _line(row: Mapping[str, object], source: str) -> str:
+    try:
+        return json.dumps(row) + "\n"
+    except TypeError as error:
+        raise ConfigError(
+            f"the rows of {source} cannot be tuned on",
+            got="values that are no text and no number",
+            allowed="text, or one rate in tune.rates",
+            remedy="give one rate",
+        ) from error
+
+
+def _majority(experiment: Experiment, dataset: Choice) -> float | None:
+    """Accuracy of always naming the most frequent class of `task.eval`; None without classes."""
+    made = _config(experiment, dataset)
+    assert made.task.eval is not None
+    if made.task.kind == "causal_lm":
+        return None
+    column = made.task.columns.get("label", "label")
+    rows = read_rows(made.task.eval, {"label": column}, lambda _: None)
+    counts = Counter(str(row.values["label"]) for row in rows)
+    return max(counts.values(), default=0) / max(counts.total(), 1)
+
+
+# --- this machine --------------------------------------------------------------------------------
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does: with the trainings that it started."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

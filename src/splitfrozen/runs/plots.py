@@ -1,0 +1,138 @@
+"""Pictures of a comparison, drawn from what its result file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from splitfrozen.runs.findings import by_place, measures
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+FEW = 2
+"""More partitions than that are an axis of their own."""
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the gain over SplitLoRA where there are many partitions, else the accuracy of all.
+
+    Args:
+        result: as `findings.kept` makes it, or as it was read from a result file.
+        path: of the PNG.
+    """
+    partitions = dict.fromkeys(row["partition"] for row in result["rows"])
+    gained = [one for one in result["gains"]["each"] if one["over_splitlora_percent"] is not None]
+    if len(partitions) > FEW and gained:
+        _draw_gains(gained, path)
+    else:
+        _draw_bars(result, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    # pyplot keeps figures of its own; a Figure alone needs no display and nothing to close.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
+    """A panel for each dataset and rank: methods down, a bar for each partition, a dot a seed."""
+    rows = result["rows"]
+    measure, told = next(iter(measures(rows).items()))
+    scale = 1.0 if measure == "perplexity" else 100.0
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    ranks = sorted({row["rank"] for row in rows})
+    partitions = list(dict.fromkeys(row["partition"] for row in rows))
+    values = by_place(rows, measure)
+    tall = 0.9 + 0.42 * len(result["labels"]) * len(datasets)
+    figure = _figure(4.2 * max(len(ranks), 1) + 1.6, tall + 0.8)
+    panels = figure.subplots(max(len(datasets), 1), max(len(ranks), 1), squeeze=False, sharex="row")
+    for line, dataset in zip(panels, datasets, strict=False):
+        for panel, rank in zip(line, ranks, strict=False):
+            own = {
+                (partition, method): [scale * value for value in found]
+                for (name, partition, at, method), found in values.items()
+                if (name, at) == (dataset, rank)
+            }
+            methods = [m for m in result["labels"] if any(m == method for _, method in own)]
+            _draw_panel(panel, own, partitions, methods)
+            panel.set_yticks(range(len(methods)), [result["labels"][m] for m in methods])
+            panel.set_title(f"{dataset}, rank {rank}", parse_math=False, fontsize=10)
+            majority = (result.get("majority") or {}).get(dataset)
+            if majority is not None:
+                panel.axvline(scale * majority, color="0.3", linestyle=":", label="majority class")
+        line[-1].set_xlabel(f"{told}; the axis is cut off on the left")
+        _zoom(line)
+    handles = {
+        label: handle
+        for handle, label in zip(*panels[0][0].get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _draw_panel(
+    panel: Any,
+    own: Mapping[tuple[str, str], Sequence[float]],
+    partitions: Sequence[str],
+    methods: Sequence[str],
+) -> None:
+    thick = 0.8 / max(len(partitions), 1)
+    for i, partition in enumerate(partitions):
+        for place, method in enumerate(methods):
+            seeds = own.get((partition, method), [])
+            if not seeds:
+                continue
+            at = place + (i - (len(partitions) - 1) / 2) * thick
+            panel.barh(at, fmean(seeds), thick * 0.92, color=COLOURS[i], label=partition)
+            panel.plot(seeds, [at] * len(seeds), "o", color="black", markersize=2.5)
+    panel.invert_yaxis()
+    panel.grid(axis="x", alpha=0.25)
+    panel.set_axisbelow(True)
+
+
+def _zoom(line: Sequence[Any]) -> None:
+    """Accuracies lie close together: the axis begins below the least of them."""
+    ends = [bar.get_width() for panel in line for bar in panel.patches]
+    ends += [x for panel in line for shown in panel.lines for x in shown.get_xdata()]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    room = max(0.08 * (high - low), 0.5)
+    for panel in line:
+        panel.set_xlim(max(0.0, low - room), high + room)
+
+
+def _draw_gains(gained: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the gain over SplitLoRA by partition, one for each rank; a panel a dataset."""
+    datasets = list(dict.fromkeys(one["dataset"] for one in gained))
+    partitions = list(dict.fromkeys(one["partition"] for one in gained))
+    ranks = sorted({one["rank"] for one in gained})
+    figure = _figure(1.4 + 1.1 * len(partitions) * len(datasets), 3.8)
+    [panels] = figure.subplots(1, len(datasets), squeeze=False)
+    thick = 0.8 / len(ranks)
+    for panel, dataset in zip(panels, datasets, strict=True):
+        for i, rank in enumerate(ranks):
+            own = {
+                one["partition"]: one["over_splitlora_percent"]
+                for one in gained
+                if (one["dataset"], one["rank"]) == (dataset, rank)
+            }
+            places = [
+                (at + (i - (len(ranks) - 1) / 2) * thick, own[name])
+                for at, name in enumerate(partitions)
+                if name in own
+            ]
+            xs, heights = zip(*places, strict=True) if places else ((), ())
+            bars = panel.bar(xs, heights, thick * 0.92, color=COLOURS[i], label=f"rank {rank}")
+            panel.bar_label(bars, fmt="%+.1f", fontsize=8, padding=2)
+        panel.axhline(0, color="0.3", linewidth=0.8)
+        panel.set_xticks(range(len(partitions)), partitions)
+        panel.set_title(dataset, parse_math=False, fontsize=10)
+        panel.margins(y=0.15)
+        panel.grid(axis="y", alpha=0.25)
+        panel.set_axisbelow(True)
+    panels[0].set_ylabel("SplitFrozen's gain over SplitLoRA, percent")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)

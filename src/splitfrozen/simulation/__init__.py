@@ -1,0 +1,1 @@
+"""Virtual time: what a method computes and sends, replayed over machines and links."""

@@ -1,0 +1,416 @@
+"""Schedules: what each method makes devices, links and servers do, as events without times.
+
+`events` turns the steps of a training into `Compute` and `Send` events with what they wait for;
+`timeline.replay` gives them times. It is lazy and deterministic: the same steps give the same
+events, whatever network they are replayed on, and nothing is kept but the last event of each
+device and the last few steps.
+
+    centralized   server trains all blocks on the whole batch
+    fedlora       device trains all blocks; round: adapters up, average, down
+    splitlora     device runs blocks[:n] with LoRA, server trains blocks[n:] on one device's batch
+                  at a time ("shared": devices in turn; "per_device": in the order of arrival),
+                  gradients down, device's backward; round: adapters up, average, down
+    sft           as splitlora "per_device" (Algorithm 1); what travels has the codecs' sizes
+    fedsllm       as splitlora, but the server waits for all and trains on their batches together
+                  (equations 3 to 6); adapters go to a party "federated" and back (equation 7)
+    splitfrozen   device runs blocks[:n], frozen; server lifts n..M, then trains blocks[M:] in
+                  phases B ("backward") and W ("weights"); nothing comes back (section III-B)
+
+A device waits for nobody but whom its data needs: it begins its next step when its own gradients
+have come back, though others still wait for theirs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from splitfrozen.config import MethodName
+from splitfrozen.model.costs import ModelShape, Tokens
+from splitfrozen.records import Compute, Event, Send
+from splitfrozen.simulation.pipeline import MicroBatch, Schedule, stage_events
+from splitfrozen.simulation.work import Counting, Passes, Work
+
+Phase = Literal["activations", "gradients"]
+
+SERVER = "server"
+FEDERATED = "federated"
+
+AHEAD = 3
+"""Steps that a device of SplitFrozen may be ahead of the server: one for each stage of the pipeline
+(device, link, server). More gains nothing where steps are alike, as a step's way through the three
+stages takes at most three times the slowest of them; less lets a stage run dry. The bound is there
+because who runs ahead keeps activations in memory that nobody has used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one device contributes to a step."""
+
+    device: str
+    load: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step.
+
+    Attributes:
+        number: 0, 1, 2 ...
+        shares: of the devices that take part, each once.
+        ends_round: devices' adapters are averaged after it.
+        stored: the server has these samples' activations at the cut from an epoch before
+            (`reuse = "once"`), so SplitFrozen's devices do nothing.
+    """
+
+    number: int
+    shares: tuple[Share, ...]
+    ends_round: bool = False
+    stored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """Bytes a value takes on the way.
+
+    Attributes:
+        activations: of what goes up.
+        gradients: of what comes back.
+        adapters: of adapters, either way.
+        measured: bytes by (phase, device, step), where they were measured; these count instead.
+    """
+
+    activations: float = 4.0
+    gradients: float = 4.0
+    adapters: float = 4.0
+    measured: Mapping[tuple[Phase, str, int], float] = field(default_factory=dict)
+
+    def size(self, phase: Phase, device: str, step: int, values: float) -> float:
+        """Bytes of so many values from or to a device."""
+        if self.measured and (phase, device, step) in self.measured:
+            return self.measured[phase, device, step]
+        return values * (self.activations if phase == "activations" else self.gradients)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """A server of several machines, "server/0" for the lowest blocks and so on.
+
+    Attributes:
+        count: p; the blocks that are trained are divided equally, in parts of blocks if need be.
+        micro_batches: equal parts of a batch.
+        schedule: how their passes are interleaved; see `pipeline`.
+    """
+
+    count: int
+    micro_batches: int
+    schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a schedule depends on besides its steps.
+
+    Attributes:
+        shape: of the model.
+        rank: of LoRA.
+        cut: M of SplitFrozen; blocks that a device trains in the two-way methods.
+        depths: n of SplitFrozen's devices; the cut for those not named.
+        counting: of FLOP; see `work.Counting`.
+        wire: bytes a value.
+        server: SplitLoRA's server trains one model, devices in turn ("shared"), or a copy for each.
+        ahead: steps that SplitFrozen's devices may be ahead; None where the server stores what
+            comes, so that nothing bounds them.
+        stages: of the server where it trains by itself (centralized, splitfrozen); None for one
+            machine.
+    """
+
+    shape: ModelShape
+    rank: int
+    cut: int
+    depths: Mapping[str, int] = field(default_factory=dict)
+    counting: Counting = "exact"
+    wire: Wire = Wire()
+    server: Literal["shared", "per_device"] = "shared"
+    ahead: int | None = AHEAD
+    stages: Stages | None = None
+
+    def work(self) -> Work:
+        """What its stages cost."""
+        return Work(self.shape, self.rank, self.counting)
+
+
+def events(method: MethodName, setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    """The events of a training, numbered 0, 1, 2 ..., each after those it waits for."""
+    return _SCHEDULES[method](setting, steps)
+
+
+class _Log:
+    """Numbers events."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self, count: int) -> int:
+        """Number `count` events elsewhere; returns the number of the first."""
+        self._next += count
+        return self._next - count
+
+    def compute(
+        self, who: str, phase: str, step: int, flops: float, after: tuple[int, ...]
+    ) -> Compute:
+        self._next += 1
+        return Compute(self._next - 1, who, phase, step, flops, after)
+
+    def send(self, way: tuple[str, str], what: tuple[str, int], size: float, after: int) -> Send:
+        """`way`: from and to. `what`: phase and step."""
+        self._next += 1
+        return Send(self._next - 1, *way, *what, size, (after,))
+
+
+class _Training:
+    """A schedule under way: the log, the costs, each device's last event, who is in the round."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.at = setting
+        self.log = _Log()
+        self.work = setting.work()
+        self._latest: dict[str, int] = {}
+        self._round: dict[str, None] = {}
+
+    def compute(self, device: str, phase: str, step: int, flops: float) -> Compute:
+        """The device's next work, after what it did or got last."""
+        last = self._latest.get(device)
+        event = self.log.compute(device, phase, step, flops, () if last is None else (last,))
+        self._latest[device] = event.id
+        self._round[device] = None
+        return event
+
+    def up(self, share: Share, step: int) -> Send:
+        """A device's activations, after what it did last."""
+        size = self._size("activations", share, step)
+        way, last = (share.device, SERVER), self._latest[share.device]
+        return self.log.send(way, ("activations", step), size, last)
+
+    def down(self, share: Share, step: int, after: int) -> Send:
+        """Gradients for a device; its next work comes after them."""
+        size = self._size("gradients", share, step)
+        event = self.log.send((SERVER, share.device), ("gradients", step), size, after)
+        self._latest[share.device] = event.id
+        return event
+
+    def _size(self, phase: Phase, share: Share, step: int) -> float:
+        return self.at.wire.size(phase, share.device, step, self.work.values(share.load))
+
+    def first(self, load: Tokens) -> Passes:
+        """Of the blocks that a device trains."""
+        return self.work.passes(self.at.cut, load, first=True, last=False)
+
+    def average(self, step: int, parameters: int, hub: str, copies: int = 0) -> Iterator[Event]:
+        """End of a round: the devices' `parameters` go to `hub`, are averaged and come back.
+
+        `copies`: parameters that the server holds for each device and averages, too.
+        """
+        log, size = self.log, parameters * self.at.wire.adapters
+        arrived = []
+        for device in self._round:
+            up = log.send((device, hub), ("adapter", step), size, self._latest[device])
+            arrived.append(up.id)
+            yield up
+        flops = 2.0 * len(arrived) * (parameters + copies)
+        average = log.compute(hub, "average", step, flops, tuple(arrived))
+        yield average
+        for device in self._round:
+            down = log.send((hub, device), ("adapter", step), size, average.id)
+            self._latest[device] = down.id
+            yield down
+        self._round.clear()
+
+
+def _total(shares: Sequence[Share]) -> Tokens:
+    loads = [share.load for share in shares]
+    return Tokens(
+        sum(load.samples for load in loads),
+        sum(load.tokens for load in loads),
+        sum(load.squares for load in loads),
+    )
+
+
+def _centralized(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    log, work = _Log(), setting.work()
+    before: tuple[int, ...] = ()
+    for step in steps:
+        load = _total(step.shares)
+        passes = work.passes(setting.shape.blocks, load, first=True, last=True)
+        before = yield from _train(log, setting.stages, passes, step.number, (), before)
+
+
+def _train(
+    log: _Log,
+    stages: Stages | None,
+    passes: Passes,
+    step: int,
+    ready: tuple[int, ...],
+    before: tuple[int, ...],
+) -> Generator[Event, None, tuple[int, ...]]:
+    """Forward, B and W on the server; returns what the next step waits for.
+
+    `ready`: events that bring the batch; `before`: the end of the step before.
+    """
+    if stages is None:
+        after = ready + before
+        phases = {"forward": passes.forward, "backward": passes.b, "weights": passes.w}
+        for phase, flops in phases.items():
+            event = log.compute(SERVER, phase, step, flops, after)
+            after = (event.id,)
+            yield event
+        return after
+    parts = stages.count * stages.micro_batches
+    forward, b, w = (
+        (flops / parts,) * stages.count for flops in (passes.forward, passes.b, passes.w)
+    )
+    batches = [MicroBatch(forward, b, w, ready)] * stages.micro_batches
+    staged = stage_events(stages.schedule, batches, step=step, first_id=log.take(0), before=before)
+    log.take(len(staged.events))
+    yield from staged.events
+    return staged.last
+
+
+def _fedlora(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    training, blocks = _Training(setting), setting.shape.blocks
+    adapter = training.work.adapter(blocks, last=True)
+    for step in steps:
+        for share in step.shares:
+            passes = training.work.passes(blocks, share.load, first=True, last=True)
+            flops = passes.forward + passes.b + passes.w
+            yield training.compute(share.device, "local", step.number, flops)
+        if step.ends_round:
+            yield from training.average(step.number, adapter, SERVER)
+
+
+def _splitlora(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    if setting.server == "per_device":
+        yield from _sft(setting, steps)
+        return
+    training = _Training(setting)
+    adapter = training.work.adapter(setting.cut, last=False)
+    before: tuple[int, ...] = ()
+    for step in steps:
+        arrived = yield from _send_up(training, step)
+        for share, up in zip(step.shares, arrived, strict=True):
+            done = yield from _train_above(training, share.load, step.number, (up, *before))
+            before = (done,)
+            yield from _send_back(training, share, step.number, done)
+        if step.ends_round:
+            yield from training.average(step.number, adapter, SERVER)
+
+
+def _sft(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    training = _Training(setting)
+    adapter = training.work.adapter(setting.cut, last=False)
+    copies = training.work.adapter(setting.shape.blocks - setting.cut, last=True)
+    for step in steps:
+        arrived = yield from _send_up(training, step)
+        for share, up in zip(step.shares, arrived, strict=True):
+            done = yield from _train_above(training, share.load, step.number, (up,))
+            yield from _send_back(training, share, step.number, done)
+        if step.ends_round:
+            yield from training.average(step.number, adapter, SERVER, copies)
+
+
+def _fedsllm(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    training = _Training(setting)
+    adapter = training.work.adapter(setting.cut, last=False)
+    for step in steps:
+        arrived = yield from _send_up(training, step)
+        done = yield from _train_above(training, _total(step.shares), step.number, arrived)
+        for share in step.shares:
+            yield from _send_back(training, share, step.number, done)
+        if step.ends_round:
+            yield from training.average(step.number, adapter, FEDERATED)
+
+
+def _send_up(training: _Training, step: Step) -> Generator[Event, None, tuple[int, ...]]:
+    """Devices' forward with LoRA and their activations; returns the ids of what arrives."""
+    arrived = []
+    for share in step.shares:
+        flops = training.first(share.load).forward
+        yield training.compute(share.device, "forward", step.number, flops)
+        up = training.up(share, step.number)
+        arrived.append(up.id)
+        yield up
+    return tuple(arrived)
+
+
+def _train_above(
+    training: _Training, load: Tokens, step: int, after: tuple[int, ...]
+) -> Generator[Event, None, int]:
+    """Server's forward and backward above the cut; returns the id of the last event."""
+    above = training.at.shape.blocks - training.at.cut
+    passes = training.work.passes(above, load, first=False, last=True, sends_back=True)
+    forward = training.log.compute(SERVER, "forward", step, passes.forward, after)
+    yield forward
+    backward = training.log.compute(SERVER, "backward", step, passes.b + passes.w, (forward.id,))
+    yield backward
+    return backward.id
+
+
+def _send_back(training: _Training, share: Share, step: int, after: int) -> Iterator[Event]:
+    """Gradients to a device, and its backward."""
+    yield training.down(share, step, after)
+    passes = training.first(share.load)
+    yield training.compute(share.device, "backward", step, passes.b + passes.w)
+
+
+def _splitfrozen(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
+    log, work = _Log(), setting.work()
+    above = setting.shape.blocks - setting.cut
+    # Last events of the server's latest steps, the oldest first.
+    window = setting.ahead or 1
+    updates: deque[tuple[int, ...]] = deque([()] * window, maxlen=window)
+    for step in steps:
+        before = updates[-1]
+        ready: tuple[int, ...] = ()
+        if not step.stored:
+            room = updates[0] if setting.ahead else ()
+            ready = yield from _fronts(setting, log, work, step, room)
+        passes = work.passes(above, _total(step.shares), first=False, last=True)
+        done = yield from _train(log, setting.stages, passes, step.number, ready, before)
+        updates.append(done)
+
+
+def _fronts(
+    setting: Setting, log: _Log, work: Work, step: Step, room: tuple[int, ...]
+) -> Generator[Event, None, tuple[int, ...]]:
+    """Frozen forward, transmission and lift; returns what the batch at the cut waits for."""
+    lifter = SERVER if setting.stages is None else f"{SERVER}/0"
+    ready = []
+    for share in step.shares:
+        depth = setting.depths.get(share.device, setting.cut)
+        flops = work.frozen(depth, share.load, first=True)
+        front = log.compute(share.device, "front", step.number, flops, room)
+        yield front
+        values = work.values(share.load)
+        size = setting.wire.size("activations", share.device, step.number, values)
+        up = log.send((share.device, SERVER), ("activations", step.number), size, front.id)
+        yield up
+        last = up.id
+        if depth < setting.cut:
+            flops = work.frozen(setting.cut - depth, share.load, first=False)
+            lift = log.compute(lifter, "lift", step.number, flops, (last,))
+            last = lift.id
+            yield lift
+        ready.append(last)
+    return tuple(ready)
+
+
+_SCHEDULES: dict[MethodName, Callable[[Setting, Iterable[Step]], Iterator[Event]]] = {
+    "centralized": _centralized,
+    "fedlora": _fedlora,
+    "splitlora": _splitlora,
+    "sft": _sft,
+    "fedsllm": _fedsllm,
+    "splitfrozen": _splitfrozen,
+}

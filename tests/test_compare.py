@@ -1,0 +1,584 @@
+"""Experiments: from the file to cells, what is trained and what is not, and what is reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from splitfrozen import cli, config
+from splitfrozen.config import MethodName
+from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
+from splitfrozen.runs import compare, findings, grid
+from splitfrozen.runs.cells import Cells, Progress, Result, Subprocesses, in_folder, locked, outcome
+from splitfrozen.runs.findings import Findings
+from splitfrozen.runs.folder import RunFolder
+from splitfrozen.runs.grid import Cell, Experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FILE = """\
+[experiment]
+ranks = [4, 8]
+seeds = [0, 1]
+folder = "cells"
+
+[tune]
+rates = [1e-3, 2e-3, 4e-3]
+rows = 20
+held_out = 10
+
+[model]
+name = "model"
+cut = 1
+
+[task]
+labels = ["no", "yes"]
+eval = "test.jsonl"
+
+[devices]
+count = 2
+depth = [1, 1]
+
+[[dataset]]
+name = "tiny"
+data.train = "train.jsonl"
+
+[[partition]]
+name = "iid"
+data.partition = "iid"
+
+[[partition]]
+name = "skewed"
+data.partition = "dirichlet"
+data.alpha = 0.1
+
+[[method]]
+name = "centralized"
+method.name = "centralized"
+
+[[method]]
+name = "fedlora"
+label = "FedLoRA"
+method.name = "fedlora"
+train.batch_size = 8
+
+[[method]]
+name = "splitlora"
+method.name = "splitlora"
+
+[[method]]
+name = "splitfrozen"
+method.name = "splitfrozen"
+
+[[method]]
+name = "unshuffled"
+method.name = "splitfrozen"
+method.shuffle = "none"
+ranks = [8]
+"""
+
+ACCURACY: dict[tuple[MethodName, str], float] = {
+    ("centralized", "iid"): 0.80,
+    ("fedlora", "iid"): 0.70,
+    ("fedlora", "dirichlet"): 0.50,
+    ("splitlora", "iid"): 0.66,
+    ("splitlora", "dirichlet"): 0.30,
+    ("splitfrozen", "iid"): 0.79,
+    ("splitfrozen", "dirichlet"): 0.78,
+}
+BEST_RATE: dict[MethodName, float] = {
+    "centralized": 1e-3,
+    "fedlora": 8e-3,
+    "splitlora": 4e-3,
+    "splitfrozen": 2e-3,
+}
+
+
+@dataclass
+class Fake:
+    """Trains nothing: a cell's accuracy follows from its config. Fails where `fails` says so."""
+
+    fails: Callable[[Cell], bool] = lambda _: False
+    trained: list[Cell] = field(default_factory=list)
+
+    def __call__(self, cell: Cell, folder: Path) -> Result:
+        assert folder.is_dir()
+        assert not list(folder.iterdir())
+        assert cell.config.data is not None
+        self.trained.append(cell)
+        if self.fails(cell):
+            raise SplitFrozenError("it broke", got="a fault", allowed="none", remedy="try again")
+        method = cell.config.method.name
+        accuracy = ACCURACY[method, cell.config.data.partition] + 0.01 * cell.seed
+        if cell.tuning:
+            accuracy -= abs(cell.lr - BEST_RATE[method])
+        return Result(
+            before={"accuracy": 0.5},
+            after={"accuracy": accuracy, "loss": 1 - accuracy},
+            seconds=2.5,
+            evaluations=({"epoch": 0, "step": 3, "accuracy": accuracy},),
+            losses=((1, 0.7), (3, 0.5)),
+        )
+
+    def stop(self) -> None: ...
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [{"text": f"row {i}", "label": i % 2} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = [{"text": "x", "label": label} for label in ("yes", "yes", "yes", "no")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "small.toml").write_text(FILE)
+    return tmp_path
+
+
+def changed(folder: Path, old: str, new: str) -> Path:
+    assert old in FILE
+    path = folder / "changed.toml"
+    path.write_text(FILE.replace(old, new))
+    return path
+
+
+def ran(experiment: Experiment, runner: Fake, jobs: int = 1) -> Findings:
+    with locked(experiment.folder):
+        return compare.run(experiment, runner, jobs)
+
+
+def rows_of(found: Findings) -> list[dict[str, Any]]:
+    data: Any = findings.report(found)
+    return list(data["rows"])
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def test_a_cell_takes_its_config_from_all_axes(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml")
+    group = next(g for g in experiment.groups() if (g[1].name, g[2].name) == ("skewed", "fedlora"))
+    cells = experiment.cells(group, 3e-3)
+    assert [(cell.rank, cell.seed) for cell in cells] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    made = cells[1].config
+    assert made.data is not None
+    assert (made.method.name, made.train.batch_size, made.train.lr) == ("fedlora", 8, 3e-3)
+    assert (made.data.partition, made.data.alpha, made.lora.rank) == ("dirichlet", 0.1, 4)
+    assert (made.data.train, made.run.seed) == (str(folder / "train.jsonl"), 1)
+
+
+def test_a_method_may_have_fewer_ranks(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml")
+    ranks = {
+        g.method.name: {c.rank for c in experiment.cells(g, 1e-3)} for g in experiment.groups()
+    }
+    assert ranks["unshuffled"] == {8}
+    assert ranks["splitfrozen"] == {4, 8}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("held_out = 10", "heldout = 10", r"\[tune\].*`heldout`.*did you mean `held_out`"),
+        ("[model]", "[modell]", r"`modell`.*did you mean `model`"),
+        ('label = "FedLoRA"', 'lable = "x"', r"\[\[method\]\] 2.*`lable`.*did you mean `label`"),
+        ("train.batch_size = 8", "train.batch = 8", r"fedlora.*`train.batch`.*`train.batch_size`"),
+        ('name = "skewed"', 'name = "iid"', r"\[\[partition\]\].*'iid'.*names that differ"),
+        ("[1e-3, 2e-3, 4e-3]", "[2e-3, 1e-3]", "rates that rise"),
+        ("ranks = [4, 8]", "ranks = []", r"\[experiment\]"),
+        ('eval = "test.jsonl"', "", "`task.eval` is wrong"),
+        ('data.train = "train.jsonl"', "", "train"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(folder: Path, old: str, new: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        grid.load(changed(folder, old, new))
+
+
+def test_settings_replace_what_the_file_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "elsewhere" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(folder / "elsewhere")
+    settings = ["model.name=mine", "train.batch_size=5", "experiment.seeds=[7]"]
+    experiment = grid.load(folder / "small.toml", settings)
+    cells = [cell for group in experiment.groups() for cell in experiment.cells(group, 1e-3)]
+    assert {cell.config.model.name for cell in cells} == {str(folder / "elsewhere" / "mine")}
+    assert {cell.config.train.batch_size for cell in cells} == {5}
+    assert {cell.seed for cell in cells} == {7}
+
+
+@pytest.mark.parametrize("text", ["model.name", "name=x", "modle.name=x", "=x"])
+def test_a_setting_that_is_none_is_refused(folder: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        grid.load(folder / "small.toml", [text])
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def keys(experiment: Experiment, method: str) -> dict[tuple[str, int, int], str]:
+    groups = [group for group in experiment.groups() if group.method.name == method]
+    cells = [cell for group in groups for cell in experiment.cells(group, 1e-3)]
+    return {(cell.partition, cell.rank, cell.seed): cell.key for cell in cells}
+
+
+def test_centralised_training_does_not_depend_on_the_partition(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml")
+    found = keys(experiment, "centralized")
+    assert found["iid", 8, 0] == found["skewed", 8, 0]
+    assert len(set(found.values())) == 4
+    other = keys(experiment, "splitfrozen")
+    assert len(set(other.values())) == 8
+    assert not set(other.values()) & set(found.values())
+
+
+def test_a_key_follows_content_and_not_places(folder: Path, tmp_path: Path) -> None:
+    before = keys(grid.load(folder / "small.toml"), "splitfrozen")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in ("train.jsonl", "test.jsonl", "model", "small.toml"):
+        (folder / path).rename(moved / path)
+    assert keys(grid.load(moved / "small.toml"), "splitfrozen") == before
+    grid.fingerprint.cache_clear()
+    (moved / "test.jsonl").write_text('{"text": "other", "label": 1}\n')
+    after = keys(grid.load(moved / "small.toml"), "splitfrozen")
+    assert not set(after.values()) & set(before.values())
+
+
+def test_the_file_of_a_run_reads_back(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml", ['task.template="a \\"b\\"\\n{prompt} ü"'])
+    for group in experiment.groups():
+        made = in_folder(experiment.config(group), folder / "run")
+        (folder / "run.toml").write_text(grid.to_toml(made))
+        assert config.load(folder / "run.toml") == made
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_every_method_tries_the_same_rates(folder: Path) -> None:
+    runner = Fake()
+    found = ran(grid.load(folder / "small.toml"), runner)
+    for tuned in found.tuned.values():
+        assert list(tuned.tried) == [1e-3, 2e-3, 4e-3]
+    rates = {name[2]: tuned.lr for name, tuned in found.tuned.items()}
+    assert rates == {
+        "centralized": 1e-3,
+        "fedlora": 4e-3,
+        "splitlora": 4e-3,
+        "splitfrozen": 2e-3,
+        "unshuffled": 2e-3,
+    }
+    assert {(row["method"], row["lr"]) for row in rows_of(found)} == set(rates.items())
+
+
+def test_a_search_that_ends_at_its_border_goes_on(folder: Path) -> None:
+    runner = Fake()
+    path = changed(folder, "held_out = 10", "held_out = 10\nextend = 2")
+    found = ran(grid.load(path), runner)
+    tuned = {name[2]: tuned for name, tuned in found.tuned.items()}
+    assert tuned["fedlora"].lr == 8e-3
+    assert list(tuned["fedlora"].tried) == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+    assert list(tuned["centralized"].tried) == [5e-4, 1e-3, 2e-3, 4e-3]
+    assert list(tuned["splitfrozen"].tried) == [1e-3, 2e-3, 4e-3]
+
+
+def test_rates_are_chosen_on_training_rows_that_were_not_trained_on(folder: Path) -> None:
+    runner = Fake()
+    ran(grid.load(folder / "small.toml"), runner)
+    tuning = [cell.config for cell in runner.trained if cell.tuning]
+    [(train, held)] = {(c.data.train, c.task.eval) for c in tuning if c.data is not None}
+    assert held is not None
+    given, used, measured = (
+        [json.loads(line)["text"] for line in Path(file).read_text().splitlines()]
+        for file in (str(folder / "train.jsonl"), train, held)
+    )
+    assert (len(used), len(measured)) == (20, 10)
+    assert not set(used) & set(measured)
+    assert set(used) | set(measured) <= set(given)
+    reported = {cell.config.task.eval for cell in runner.trained if not cell.tuning}
+    assert reported == {str(folder / "test.jsonl")}
+    assert {(cell.rank, cell.seed) for cell in runner.trained if cell.tuning} == {(8, 0)}
+
+
+def test_nothing_is_trained_twice(folder: Path) -> None:
+    first, again, other = Fake(), Fake(), Fake()
+    rows = rows_of(ran(grid.load(folder / "small.toml"), first, jobs=3))
+    names = [cell.key for cell in first.trained]
+    assert len(names) == len(set(names))
+    # Per partition 3 methods x 2 ranks x 2 seeds, and one rank of the fifth; centralised once.
+    assert sum(not cell.tuning for cell in first.trained) == 2 * (3 * 4 + 2) + 4
+    assert rows_of(ran(grid.load(folder / "small.toml"), again)) == rows
+    assert again.trained == []
+    path = changed(folder, "seeds = [0, 1]", "seeds = [0, 2]")
+    ran(grid.load(path), other)
+    assert {cell.seed for cell in other.trained} == {2}
+
+
+def test_a_cell_that_fails_loses_only_itself(folder: Path) -> None:
+    def breaks(cell: Cell) -> bool:
+        return not cell.tuning and (cell.method, cell.rank, cell.seed) == ("splitlora", 4, 1)
+
+    experiment = grid.load(folder / "small.toml")
+    found = ran(experiment, Fake(breaks))
+    whole = len(rows_of(found)) + 2
+    assert sorted(found.failures) == [
+        "tiny, iid, splitlora, rank 4, seed 1, lr 0.004",
+        "tiny, skewed, splitlora, rank 4, seed 1, lr 0.004",
+    ]
+    assert "it broke" in findings.text(found, findings.report(found))
+    runner = Fake()
+    assert len(rows_of(ran(experiment, runner))) == whole
+    assert len(runner.trained) == 2
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_no_failure(folder: Path) -> None:
+    class Diverging(Fake):
+        def __call__(self, cell: Cell, folder: Path) -> Result:
+            result = super().__call__(cell, folder)
+            return Result(diverged=True) if cell.lr > 1e-3 else result
+
+    found = ran(grid.load(folder / "small.toml"), Diverging())
+    assert found.failures == {}
+    assert {tuned.lr for tuned in found.tuned.values()} == {1e-3}
+    assert all(list(tuned.tried.values())[1:] == [None, None] for tuned in found.tuned.values())
+    assert "0.004: diverged" in findings.text(found, findings.report(found))
+
+
+def test_a_method_whose_rates_all_fail_is_named(folder: Path) -> None:
+    found = ran(grid.load(folder / "small.toml"), Fake(lambda cell: cell.method == "fedlora"))
+    assert "tiny, iid, fedlora" in found.failures
+    assert {row["method"] for row in rows_of(found)} == {
+        "centralized",
+        "splitlora",
+        "splitfrozen",
+        "unshuffled",
+    }
+
+
+def test_an_interrupt_keeps_what_is_finished(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml")
+    count = 0
+
+    def interrupts(_: Cell) -> bool:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        return False
+
+    first, second = Fake(interrupts), Fake()
+    with pytest.raises(KeyboardInterrupt):
+        ran(experiment, first)
+    ran(experiment, second)
+    finished = {cell.key for cell in first.trained[:4]}
+    assert not finished & {cell.key for cell in second.trained}
+    assert first.trained[4].key in {cell.key for cell in second.trained}
+
+
+def test_a_damaged_cell_is_trained_again(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml")
+    ran(experiment, Fake())
+    damaged, *_ = sorted((folder / "cells").glob("*.json"))
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    again = Fake()
+    ran(experiment, again)
+    assert [f"{cell.key}.json" for cell in again.trained] == [damaged.name]
+
+
+def test_cells_run_side_by_side(folder: Path) -> None:
+    both = threading.Barrier(2, timeout=20)
+    experiment = grid.load(folder / "small.toml")
+    group = experiment.groups()[0]
+
+    class Meeting(Fake):
+        def __call__(self, cell: Cell, folder: Path) -> Result:
+            both.wait()
+            return super().__call__(cell, folder)
+
+    with locked(experiment.folder):
+        cells = Cells(experiment.folder, Meeting(), 2, Progress(2))
+        assert len(cells.finish(experiment.cells(group, 1e-3))) == 4
+    assert not list((experiment.folder / "running").iterdir())
+
+
+def test_a_folder_is_of_one_command(folder: Path) -> None:
+    with (
+        locked(folder / "cells"),
+        pytest.raises(StoreError, match="in use"),
+        locked(folder / "cells"),
+    ):
+        pass
+
+
+# --- what a training leaves ----------------------------------------------------------------------
+
+
+def test_the_last_epoch_counts_and_not_the_best(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml")
+    made = experiment.cells(experiment.groups()[0], 1e-3)[0].config
+    run = RunFolder.create(in_folder(made, folder / "run"))
+    run.report({"event": "baseline", "accuracy": 0.25, "loss": 1.5})
+    for step in range(1, 121):
+        run.report({"event": "step", "step": step, "epoch": step // 61, "loss": float(step)})
+    for epoch, accuracy in enumerate((0.9, 0.8)):
+        run.report(
+            {"event": "evaluation", "epoch": epoch, "step": 60 * epoch + 60, "accuracy": accuracy}
+        )
+    found = outcome(run, {"seconds": 3.0}, [])
+    assert (found.before["accuracy"], found.after["accuracy"]) == (0.25, 0.8)
+    assert [one["accuracy"] for one in found.evaluations] == [0.9, 0.8]
+    assert len(found.losses) == 60
+    assert found.losses[0] == (2, 1.5)
+    assert found.losses[-1] == (120, 119.5)
+
+
+def test_the_score_is_the_accuracy_and_of_equal_ones_the_loss() -> None:
+    accurate, sure, neither = (
+        Result(after={"accuracy": accuracy, "loss": loss}).score or 0.0
+        for accuracy, loss in ((0.2, 9.0), (0.1, 1.0), (0.1, 9.0))
+    )
+    assert accurate > sure > neither
+    assert Result(after={"perplexity": 2.0, "loss": 0.7}).score == -0.7
+
+
+# --- what is reported ----------------------------------------------------------------------------
+
+
+def test_gains_are_counted_as_the_paper_counts(folder: Path) -> None:
+    found = ran(grid.load(folder / "small.toml"), Fake())
+    data: Any = findings.report(found)
+    iid, skewed = data["gains"]["mean"]
+    seeds = 0.005  # The mean of what two seeds add.
+    assert iid["over_baselines_percent"] == pytest.approx(
+        100 * ((0.79 + seeds) / (fmean((0.70, 0.66)) + seeds) - 1)
+    )
+    assert skewed["over_baselines_percent"] == pytest.approx(
+        100 * ((0.78 + seeds) / (fmean((0.50, 0.30)) + seeds) - 1)
+    )
+    assert skewed["over_splitlora_percent"] == pytest.approx(100 * (0.785 / 0.305 - 1))
+    assert (iid["paper_percent"], skewed["paper_percent"]) == (13.6, 69.4)
+    assert skewed["to_iid_points"] == pytest.approx(-1.0)
+    assert skewed["to_centralized_points"] == pytest.approx(-2.0)
+    assert len(data["gains"]["each"]) == 4
+    assert data["majority"] == {"tiny": 0.75}
+
+
+def test_the_text_has_means_spreads_and_the_paper_beside(folder: Path) -> None:
+    found = ran(grid.load(folder / "small.toml"), Fake())
+    text = findings.text(found, findings.report(found))
+    header, lines = findings.scores(
+        rows_of(found), "tiny", findings.labels(found.experiment), "accuracy"
+    )
+    assert header == ["method", "iid, rank 4", "iid, rank 8", "skewed, rank 4", "skewed, rank 8"]
+    assert ["FedLoRA", "70.5 ±0.5", "70.5 ±0.5", "50.5 ±0.5", "50.5 ±0.5"] in lines
+    assert ["unshuffled", "-", "79.5 ±0.5", "-", "78.5 ±0.5"] in lines
+    assert "majority class 75.0" in text
+    assert "(the paper: +69.4 %)" in text
+
+
+def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
+    experiment = grid.load(folder / "small.toml", [f"model.name={folder / 'model'}"])
+    found = ran(experiment, Fake())
+    data = findings.report(found)
+    paths = compare.write(found, data, folder / "out")
+    assert [path.name for path in paths] == ["small.json", "small.csv", "small.png"]
+    kept = json.loads(paths[0].read_text())
+    assert kept["rows"] == data["rows"]
+    assert kept["seeds"] == [0, 1]
+    assert kept["config"]["tune"]["rates"] == [1e-3, 2e-3, 4e-3]
+    assert kept["config"]["set"] == {"model": {"name": "model"}}
+    assert str(folder) not in paths[0].read_text()
+    assert kept["environment"]["torch"]
+    assert len(kept["curves"]) == len(kept["rows"])
+    assert kept["curves"][0]["losses"] == [[1, 0.7], [3, 0.5]]
+    read = list(csv.DictReader(StringIO(paths[1].read_text())))
+    assert len(read) == len(kept["rows"])
+    assert float(read[0]["accuracy"]) == kept["rows"][0]["accuracy"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_generating_task_shows_answers_side_by_side(folder: Path) -> None:
+    class Answering(Fake):
+        def __call__(self, cell: Cell, folder: Path) -> Result:
+            super().__call__(cell, folder)
+            answers = tuple(f"{cell.method}: {prompt}!" for prompt in cell.prompts)
+            return Result(after={"perplexity": 2.0, "exact_match": 0.25}, answers=answers)
+
+    path = changed(folder, 'folder = "cells"', 'folder = "cells"\nprompts = ["one?", "two?"]')
+    found = ran(grid.load(path), Answering())
+    text = findings.text(found, findings.report(found))
+    assert "tiny, exact match in percent" in text
+    assert "tiny, perplexity" in text
+    assert "fedlora (iid): fedlora: two?!" in text
+
+
+# --- the real thing ------------------------------------------------------------------------------
+
+
+def demo_experiment(folder: Path) -> Path:
+    """Two methods on a few rows of the demo's task, with the packaged model."""
+    from splitfrozen.runs.demo import write_files
+
+    made = config.load(write_files(folder / "demo", 0, (1, 2), 60, 24))
+    rows = sorted((folder / "demo" / "data").glob("device-*.csv"))
+    text = rows[0].read_text() + "".join(rows[1].read_text().split("\n", 1)[1])
+    (folder / "train.csv").write_text(text)
+    path = folder / "demo.toml"
+    path.write_text(
+        "[experiment]\nranks = [4]\nfolder = 'cells'\n[tune]\nrates = [2e-3]\n"
+        f"[model]\nname = {json.dumps(made.model.name)}\ncut = 2\nprecision = 'float32'\n"
+        f"[task]\nlabels = {json.dumps(made.task.labels)}\nmax_tokens = 64\n"
+        f"eval = {json.dumps(made.task.eval)}\n"
+        "[data]\ntrain = 'train.csv'\n[devices]\ncount = 2\ndepth = [1, 2]\n[train]\nepochs = 1\n"
+        "[[dataset]]\nname = 'village'\n[[partition]]\nname = 'iid'\n"
+        "[[method]]\nname = 'splitfrozen'\nmethod.name = 'splitfrozen'\n"
+        "[[method]]\nname = 'broken'\nmethod.name = 'splitfrozen'\nlora.targets = ['no_such_map']\n"
+    )
+    return path
+
+
+def test_real_trainings_as_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = demo_experiment(folder)
+    assert cli.main(["compare", str(path), "--jobs", "2", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    [row] = told["rows"]
+    assert row["method"] == "splitfrozen"
+    assert 0 <= row["accuracy"] <= 1
+    assert row["seconds"] > 0
+    [(name, why)] = told["failures"].items()
+    assert "broken" in name
+    assert "no_such_map" in why
+    assert len(list((folder / "cells").glob("*.json"))) == 1
+    assert len(list((folder / "cells").glob("*.log"))) == 1
+
+
+def test_a_stopped_runner_ends_its_processes(folder: Path) -> None:
+    experiment = grid.load(demo_experiment(folder))
+    cell = experiment.cells(experiment.groups()[0], 2e-3)[0]
+    runner = Subprocesses(folder)
+    runner.stop()
+    (folder / "work").mkdir()
+    with pytest.raises(SplitFrozenError, match="exit code"):
+        runner(cell, folder / "work")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_experiments_in_the_repository_are_read(path: Path) -> None:
+    if path.stem.startswith("table2"):
+        pytest.skip("it is simulated")
+    experiment = grid.load(path)
+    assert len(experiment.groups()) >= 4
+    if path.stem == "accuracy":
+        kinds = {experiment.config(group).method.name for group in experiment.groups()}
+        assert kinds == set(config.MethodName.__args__)  # type: ignore[attr-defined]

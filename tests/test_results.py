@@ -1,0 +1,132 @@
+"""docs/results.md is what its command makes of the result files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from splitfrozen.runs import plots
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "make_results", ROOT / "scripts" / "make_results.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(partitions: tuple[str, ...], *, generated: bool = False) -> dict[str, Any]:
+    """As `compare --out` writes it, without what the document does not show."""
+    methods = {"centralized": "centralised", "splitlora": "SplitLoRA", "splitfrozen": "SplitFrozen"}
+    places = [
+        (partition, rank, method)
+        for partition in partitions
+        for rank in (4, 8)
+        for method in methods
+    ]
+    rows = [
+        {
+            "dataset": "mrpc",
+            "partition": partition,
+            "rank": rank,
+            "method": method,
+            "seed": seed,
+            "accuracy": None if generated else 0.5 + rank / 50 + 0.02 * len(method) / 11,
+            "exact_match": 0.125 if generated else None,
+            "perplexity": 5.5 if generated else None,
+            "lr": 1e-3,
+            "seconds": 3.0,
+        }
+        for partition, rank, method in places
+        for seed in (0, 1)
+    ]
+    gain = {"over_splitlora_percent": 12.5, "to_centralized_points": -0.5, "to_iid_points": None}
+    gain |= {"over_baselines_percent": None}
+    return {
+        "rows": rows,
+        "labels": methods,
+        "majority": {"mrpc": None if generated else 0.665},
+        "gains": {
+            "mean": [{"partition": p, "paper_percent": None, **gain} for p in partitions],
+            "each": [
+                {"dataset": "mrpc", "partition": p, "rank": rank, **gain}
+                for p in partitions
+                for rank in (4, 8)
+            ],
+        },
+        "tried": [
+            {
+                "dataset": "mrpc",
+                "partition": partitions[0],
+                "method": "splitlora",
+                "lr": 1e-3,
+                "tried": [{"lr": 1e-3, "score": 0.7}, {"lr": 1.0, "score": None}],
+            }
+        ],
+        "answers": [{"method": "splitlora", "answers": ["5 | 6\n#### 11"]}] if generated else [],
+        "config": {"experiment": {"prompts": ["What is 5 + 6?"] if generated else []}},
+        "environment": {
+            "processor": "one",
+            "cores": 2,
+            "python": "3.11",
+            "commit": "abc",
+            "torch": "2",
+            "transformers": "5",
+            "peft": "0",
+            "onnxruntime": "1",
+        },
+    }
+
+
+def test_the_document_is_what_the_command_makes(script: ModuleType) -> None:
+    results = script.read()
+    assert {"mrpc", "front"} <= results.keys()
+    made = "run: python scripts/make_results.py"
+    assert (ROOT / "docs" / "results.md").read_text() == script.document(results), made
+    for name in script.PLOTTED & results.keys():
+        assert (ROOT / "docs" / "results" / f"{name}.png").is_file(), made
+
+
+def test_a_comparison_becomes_tables(script: ModuleType) -> None:
+    text = script.document({"accuracy": result(("iid", "skewed"))})
+    assert "| method | iid, rank 4 | iid, rank 8 | skewed, rank 4 | skewed, rank 8 |" in text
+    assert "| SplitFrozen | 60.0 ±0.0 | 68.0 ±0.0 | 60.0 ±0.0 | 68.0 ±0.0 |" in text
+    assert "the majority class has 66.5" in text
+    assert "| mrpc | iid | SplitLoRA | 0.001 | 0.001: 0.700, 1: diverged |" in text
+    assert "- iid: SplitFrozen over SplitLoRA +12.5 %" in text
+
+
+def test_figure_3_is_by_alpha_and_rank(script: ModuleType) -> None:
+    text = script.document({"figure3": result(("0.05", "1", "IID"))})
+    assert "| 0.05 | +12.5 | +12.5 |" in text
+
+
+def test_answers_stand_side_by_side(script: ModuleType) -> None:
+    text = script.document({"table3": result(("all",), generated=True)})
+    assert "| question | What is 5 + 6? |" in text
+    assert "| SplitLoRA | 5 \\| 6 \\#\\#\\#\\# 11 |" in text
+    assert "| SplitFrozen | 12.5 ±0.0 | 12.5 ±0.0 |" in text
+    assert "| SplitFrozen | 5.5 ±0.0 | 5.5 ±0.0 |" in text
+
+
+@pytest.mark.parametrize("partitions", [("iid",), ("iid", "skewed"), ("0.05", "0.1", "IID")])
+def test_plots_are_drawn(tmp_path: Path, partitions: tuple[str, ...]) -> None:
+    plots.draw(result(partitions), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_without_a_result_is_drawn_too(tmp_path: Path) -> None:
+    nothing = {**result(("iid",)), "rows": [], "gains": {"mean": [], "each": []}}
+    plots.draw(nothing, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
