@@ -41,7 +41,7 @@ from splitfrozen.training.batching import pad, split
 from splitfrozen.training.optimise import Gradients, Optimiser, StepResult
 from splitfrozen.training.orders import DeviceOrder
 from splitfrozen.wire.codec import codec
-from splitfrozen.wire.frame import Origin, pack, unpack
+from splitfrozen.wire.frame import Origin, activations, pack
 
 Serving = Literal["shared", "per_device", "together"]
 """How the server trains: one model with the devices' batches in turn, a copy for each device, or
@@ -192,17 +192,7 @@ class _Server:
 
     def receive(self, device: str, chunk: Chunk) -> Receipt:
         """Take a device's activations and train on them. Raises WireError."""
-        header, samples = unpack(chunk.frame)
-        run_codec = codec(header.codec)
-        items = [
-            Activation(
-                one.sample,
-                header.depth,
-                run_codec.decode(one.payload, one.tokens, header.width),
-                one.targets,
-            )
-            for one in samples
-        ]
+        header, items = activations(chunk.frame)
         origin = Origin(
             header.run, device, header.front, header.depth, header.width, self._codec.name
         )
@@ -346,11 +336,8 @@ class _Device:
 
         The server keeps the loss to itself, and has found it finite.
         """
-        header, samples = unpack(self._line.reply(step))
-        decoder = codec(header.codec)
-        found = {
-            one.sample: decoder.decode(one.payload, one.tokens, header.width) for one in samples
-        }
+        _, gradients = activations(self._line.reply(step))
+        found = {one.sample: one.hidden for one in gradients}
         for parameter in optimiser.parameters.values():
             parameter.grad = None
         for members, hidden in self._passes:

@@ -35,7 +35,7 @@ from splitfrozen.server.store import Store
 from splitfrozen.training.batching import split
 from splitfrozen.training.lift import Lifter
 from splitfrozen.wire.codec import codec
-from splitfrozen.wire.frame import Origin, pack, unpack
+from splitfrozen.wire.frame import Origin, activations, pack, unpack
 
 
 class TorchFront:
@@ -168,15 +168,4 @@ class Recomputed:
 
     def _receive(self, frame: bytes) -> list[Activation]:
         """What the server makes of it."""
-        header, samples = unpack(frame)
-        coded = codec(header.codec)
-        activations = [
-            Activation(
-                sample.sample,
-                header.depth,
-                coded.decode(sample.payload, sample.tokens, header.width),
-                sample.targets,
-            )
-            for sample in samples
-        ]
-        return self._lifter.lift(activations)
+        return self._lifter.lift(activations(frame)[1])

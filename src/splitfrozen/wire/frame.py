@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from splitfrozen.errors import WireError
-from splitfrozen.records import PROTOCOL, Chunk, EncodedSample, FrameHeader
-from splitfrozen.wire.codec import MAX_HIDDEN_BYTES
+from splitfrozen.records import PROTOCOL, Activation, Chunk, EncodedSample, FrameHeader
+from splitfrozen.wire.codec import MAX_HIDDEN_BYTES, codec
 
 MAGIC = b"SFZC"
 MAX_HEADER_BYTES = 1024 * 1024
@@ -111,6 +111,21 @@ def unpack(frame: bytes) -> tuple[FrameHeader, list[EncodedSample]]:
         targets += _TARGET_BYTES * count
         offset += size
     return header, samples
+
+
+def activations(frame: bytes) -> tuple[FrameHeader, list[Activation]]:
+    """Check a frame, take it apart and decode it. Raises WireError."""
+    header, samples = unpack(frame)
+    decoder = codec(header.codec)
+    return header, [
+        Activation(
+            sample.sample,
+            header.depth,
+            decoder.decode(sample.payload, sample.tokens, header.width),
+            sample.targets,
+        )
+        for sample in samples
+    ]
 
 
 def _read_header(view: memoryview) -> tuple[FrameHeader, int]:
