@@ -392,20 +392,19 @@ def test_between_averages_the_model_has_the_last_average(world: Callable[..., Wo
 def test_the_average_is_weighted_by_the_samples_trained_on(world: Callable[..., World]) -> None:
     here = world(MethodSpec("fedlora", local_steps=1), epochs=1)
     alone = {}
-    for device in SIZES:
+    for device in ("device-00", "device-01"):
         other = world(MethodSpec("fedlora", local_steps=1), epochs=1, folder=device)
-        batch = [key for key in other.built.order.batch(0, 0) or [] if key.device == device]
+        batch = [key for key in other.built.order.batch(0, 1) or [] if key.device == device]
         other.built.method.step(batch, other.source.read(batch), 0)
         alone[device] = (len(batch), other.built.adapted.parameters())
-    batch = here.built.order.batch(0, 0) or []
+    batch = here.built.order.batch(0, 1) or []
     here.built.method.step(batch, here.source.read(batch), 0)
     assert {device: count for device, (count, _) in alone.items()} == {
         "device-00": 4,
         "device-01": 2,
-        "device-02": 4,
     }
     for name, value in here.built.adapted.parameters().items():
-        mean = sum(count * own[name].double() for count, own in alone.values()) / 10
+        mean = sum(count * own[name].double() for count, own in alone.values()) / 6
         torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-8)
 
 

@@ -1,7 +1,7 @@
 """FedLoRA: LoRA on all blocks of a whole model on each device, averaged at the end of a round.
 
-Devices train in parallel: a step holds one batch of every device that has samples left in the
-epoch, so devices with more samples take more steps, as in FedAvg with local epochs.
+Devices train in parallel: a step holds a batch of each device that takes part, and devices with
+more samples take part more often, as in FedAvg with local epochs.
 """
 
 from __future__ import annotations

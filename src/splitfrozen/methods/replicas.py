@@ -77,7 +77,7 @@ class Replicas:
         """Average over the samples trained on in this round, and hand the result to all devices.
 
         Returns:
-            The devices that took part: the others had no samples left and keep out of the mean.
+            The devices that trained; the others keep out of the mean.
         """
         taking_part = [device for device, samples in self._trained.items() if samples]
         total = sum(self._trained.values())

@@ -4,7 +4,7 @@ All start from one shuffle, that of `batching.epoch_order`: each device sends in
 shuffle without the other devices' samples. So with one device each of them is the order of
 FixedOrder, but for a window of more than one sample, which shuffles once more.
 
-    DeviceOrder   a batch holds one batch of each device that has samples left: devices in parallel
+    DeviceOrder   a batch holds a batch of each device that takes part: devices in parallel
     TurnOrder     a batch is of one device, the devices take turns: nothing is mixed
     WindowOrder   what TurnOrder sends goes through a shuffle window of limited size
 """
@@ -49,28 +49,34 @@ class _Listed:
         raise NotImplementedError
 
     def _rounds(self, epoch: int) -> list[list[Ints]]:
-        """The devices' next batches, in the order of the devices, until all are used up."""
+        """The devices' batches, in the order of the devices within a round.
+
+        The device with most batches is in every round, the others in rounds spread evenly, so that
+        an epoch does not end on the samples of the largest alone.
+        """
         rows = epoch_order(self._table, self._seed, epoch)
-        held = [
-            rows[self._table.device[rows] == device] for device in range(len(self._table.devices))
-        ]
         size = self._batch_size
-        longest = max(map(len, held), default=0)
-        return [
-            [own[start : start + size] for own in held if start < len(own)]
-            for start in range(0, longest, size)
+        held = [
+            [own[start : start + size] for start in range(0, len(own), size)]
+            for device in range(len(self._table.devices))
+            if len(own := rows[self._table.device[rows] == device])
         ]
+        rounds: list[list[Ints]] = [[] for _ in range(max(map(len, held), default=0))]
+        for batches in held:
+            for number, batch in enumerate(batches):
+                rounds[(2 * number + 1) * len(rounds) // (2 * len(batches))].append(batch)
+        return rounds
 
 
 class DeviceOrder(_Listed):
-    """Each batch holds at most `batch_size` samples of every device, device after device."""
+    """Each batch holds at most `batch_size` samples of each device, device after device."""
 
     def _list(self, epoch: int) -> list[Ints]:
         return [np.concatenate(batches) for batches in self._rounds(epoch)]
 
 
 class TurnOrder(_Listed):
-    """Each batch is of one device; those that have samples left take turns."""
+    """Each batch is of one device; the devices take turns, those with more samples more often."""
 
     def _list(self, epoch: int) -> list[Ints]:
         return [batch for batches in self._rounds(epoch) for batch in batches]
