@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from splitfrozen.runs.environment import environment
+from splitfrozen.studies.environment import environment
 
 ROOT = Path(__file__).resolve().parent
 

@@ -20,7 +20,7 @@ from typing import Any
 from environment import write
 
 from splitfrozen.runs.demo import demo
-from splitfrozen.runs.replay import replay
+from splitfrozen.studies.replay import replay
 
 MAKESPAN = 0.15
 BYTES = 0.01

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from splitfrozen.runs import plots
-from splitfrozen.runs.findings import measures, scores, told_gains
+from splitfrozen.studies import plots
+from splitfrozen.studies.findings import measures, scores, told_gains
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -31,11 +31,12 @@ RANKS = {
     "server": 5,
     "methods": 5,
     "runs": 6,
-    "cli": 7,
     "doctor": 6,
-    "__main__": 8,
+    "studies": 7,
+    "cli": 8,
+    "__main__": 9,
 }
-LIGHT = ["splitfrozen.device", "splitfrozen.cli"]
+LIGHT = ["splitfrozen.device", "splitfrozen.cli", "splitfrozen.simulation.timeline"]
 HEAVY = [
     "torch",
     "transformers",

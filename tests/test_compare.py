@@ -17,11 +17,19 @@ import pytest
 from splitfrozen import cli, config
 from splitfrozen.config import MethodName
 from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
-from splitfrozen.runs import compare, findings, grid
-from splitfrozen.runs.cells import Cells, Progress, Result, Subprocesses, in_folder, locked, outcome
-from splitfrozen.runs.findings import Findings
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.grid import Cell, Experiment
+from splitfrozen.studies import compare, findings, grid
+from splitfrozen.studies.cells import (
+    Cells,
+    Progress,
+    Result,
+    Subprocesses,
+    in_folder,
+    locked,
+    outcome,
+)
+from splitfrozen.studies.findings import Findings
+from splitfrozen.studies.grid import Cell, Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,9 +16,9 @@ from splitfrozen.records import Event
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.networklog import EventList, Piece
-from splitfrozen.runs.replay import measure, replay, sent, simulate
 from splitfrozen.simulation import timeline
 from splitfrozen.simulation.network import Link, Machine, Network
+from splitfrozen.studies.replay import measure, replay, sent, simulate
 
 STEPS = 6
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from splitfrozen.runs import plots
+from splitfrozen.studies import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,8 +14,8 @@ from splitfrozen.errors import ConfigError
 from splitfrozen.model import costs
 from splitfrozen.model.costs import Tokens
 from splitfrozen.records import Outcome
-from splitfrozen.runs.simulate import simulate
 from splitfrozen.simulation import experiment
+from splitfrozen.studies.simulate import simulate
 
 TABLE2 = Path(__file__).parents[1] / "experiments" / "table2.toml"
 SMALL = """

@@ -108,7 +108,7 @@ COMMANDS = (
     Command(
         "compare",
         "several methods side by side from real training: table, CSV, plot",
-        "splitfrozen.runs.compare:compare",
+        "splitfrozen.studies.compare:compare",
         (
             _arg("source", type=Path, metavar="EXPERIMENT.toml", help="the experiment's file"),
             _arg(
@@ -126,7 +126,7 @@ COMMANDS = (
     Command(
         "simulate",
         "what each method would take, in virtual time: FLOP, bytes, delay, Gantt plots",
-        "splitfrozen.runs.simulate:simulate",
+        "splitfrozen.studies.simulate:simulate",
         (
             _arg("experiment", type=Path, metavar="EXPERIMENT.toml", help="devices, links, data"),
             _arg("--out", type=Path, help="folder for the table, plots and traces"),
@@ -155,7 +155,7 @@ COMMANDS = (
     Command(
         "replay",
         "lay a network run beside its simulation with the measured speeds, and its forecast",
-        "splitfrozen.runs.replay:replay",
+        "splitfrozen.studies.replay:replay",
         (RUN, _arg("--out", type=Path, help="folder for a picture and two traces (Perfetto)")),
     ),
     Command(

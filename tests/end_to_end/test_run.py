@@ -32,8 +32,8 @@ from splitfrozen.cli import main
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.local import join_arguments, process, run_locally
-from splitfrozen.runs.replay import replay
 from splitfrozen.server.store import Store
+from splitfrozen.studies.replay import replay
 
 pytestmark = [
     pytest.mark.slow,

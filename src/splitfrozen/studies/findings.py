@@ -17,9 +17,9 @@ from statistics import fmean
 from typing import Any
 
 from splitfrozen.config import MethodName
-from splitfrozen.runs.cells import Result
-from splitfrozen.runs.grid import FILES, Cell, Experiment, Group, Table
 from splitfrozen.runs.summary import table
+from splitfrozen.studies.cells import Result
+from splitfrozen.studies.grid import FILES, Cell, Experiment, Group, Table
 
 PAPER = {("iid", None): 13.6, ("dirichlet", 0.1): 69.4}
 """The paper's gains over FedLoRA and SplitLoRA in percent, by partition and alpha."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from splitfrozen.runs.findings import by_place, measures
+from splitfrozen.studies.findings import by_place, measures
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 FEW = 2

@@ -24,12 +24,12 @@ from splitfrozen.data.readers import read_rows
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Outcome
-from splitfrozen.runs import findings, grid, plots
-from splitfrozen.runs.cells import Cells, Progress, Runner, Subprocesses, locked, size
-from splitfrozen.runs.environment import environment
-from splitfrozen.runs.findings import Findings, Trained, Tuned
-from splitfrozen.runs.grid import Choice, Experiment, Group, Split
 from splitfrozen.runs.prepare import COLUMNS
+from splitfrozen.studies import findings, grid, plots
+from splitfrozen.studies.cells import Cells, Progress, Runner, Subprocesses, locked, size
+from splitfrozen.studies.environment import environment
+from splitfrozen.studies.findings import Findings, Trained, Tuned
+from splitfrozen.studies.grid import Choice, Experiment, Group, Split
 
 log = logging.getLogger("splitfrozen.compare")
 

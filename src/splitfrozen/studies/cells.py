@@ -30,7 +30,7 @@ from splitfrozen.config import Config
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import SplitFrozenError, StoreError
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.grid import Cell, to_toml
+from splitfrozen.studies.grid import Cell, to_toml
 
 log = logging.getLogger("splitfrozen.compare")
 
