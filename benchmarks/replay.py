@@ -57,7 +57,7 @@ def run_once(folder: Path, seed: int) -> dict[str, Any]:
     """One demo; `bytes` compares what the simulator sent with what the devices say they did."""
     load = os.getloadavg()[0]
     summary: dict[str, Any] = demo(folder, seed).data
-    found: dict[str, Any] = replay(folder / "run", None).data
+    found: dict[str, Any] = replay(folder / "run", None, None).data
     sent = sum(device["bytes_up"] for device in summary["devices"])
     difference = {
         "makespan": found["difference"]["makespan"],

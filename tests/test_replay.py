@@ -154,7 +154,7 @@ def test_the_command_shows_both_and_draws_them(
 def test_what_cannot_be_replayed_is_told(run: Path) -> None:
     write(run, [])
     with pytest.raises(RequestError, match="empty event log"):
-        replay(run, None)
+        replay(run, None, None)
     write(run, bare())
     with pytest.raises(RequestError, match="was not measured"):
-        replay(run, None)
+        replay(run, None, None)

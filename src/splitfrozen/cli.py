@@ -156,7 +156,11 @@ COMMANDS = (
         "replay",
         "lay a network run beside its simulation with the measured speeds, and its forecast",
         "splitfrozen.studies.replay:replay",
-        (RUN, _arg("--out", type=Path, help="folder for a picture and two traces (Perfetto)")),
+        (
+            RUN,
+            _arg("--network", type=Path, metavar="NETWORK.toml", help="on this network instead"),
+            _arg("--out", type=Path, help="folder for pictures and traces (Perfetto)"),
+        ),
     ),
     Command(
         "eval",

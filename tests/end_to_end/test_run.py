@@ -136,7 +136,7 @@ def check_run(summary: dict[str, Any], counts: Sequence[int], depths: Sequence[s
 def check_replay(run: RunFolder, summary: dict[str, Any], steps: int) -> None:
     """The run's event log is whole, and the simulator sends what was sent (when is measured by
     benchmarks/replay.py)."""
-    found: dict[str, Any] = replay(run.root, None).data
+    found: dict[str, Any] = replay(run.root, None, None).data
     sent = sum(device["bytes_up"] for device in summary["devices"])
     assert found["measured"]["bytes"] == sent > 0
     assert found["replayed"]["bytes"] == pytest.approx(sent, rel=0.01)

@@ -15,9 +15,16 @@ from tokenizers import Encoding, Tokenizer
 
 from splitfrozen.data.readers import BadRow, Report, Row
 from splitfrozen.errors import ConfigError, DataError
-from splitfrozen.records import IGNORED, Announcement, Ints, Sample, TaskSpec
+from splitfrozen.records import IGNORED, Announcement, Ints, Sample, TaskKind, TaskSpec
 
 Values = Mapping[str, object]
+
+COLUMNS: Mapping[TaskKind, tuple[str, ...]] = {
+    "classification": ("text", "label"),
+    "causal_lm": ("prompt", "completion"),
+    "image": ("pixels", "label"),
+}
+"""Columns that a task must have; classification may have `pair` too."""
 
 
 class _UnfitError(Exception):

@@ -15,18 +15,12 @@ from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from splitfrozen.config import Config, TaskConfig
+from splitfrozen.data.tasks import COLUMNS
 from splitfrozen.errors import ConfigError, ModelError, StoreError
 from splitfrozen.model.blocks import SlicedModel, load_model
 from splitfrozen.model.export import export_front
 from splitfrozen.records import FileRef, Prepared, TaskSpec
 from splitfrozen.runs.folder import RunFolder
-
-COLUMNS = {
-    "classification": ("text", "label"),
-    "causal_lm": ("prompt", "completion"),
-    "image": ("pixels", "label"),
-}
-"""Columns that a task must have; classification may have `pair` too."""
 
 
 def load_sliced(config: Config) -> SlicedModel:

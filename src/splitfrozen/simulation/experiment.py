@@ -15,9 +15,9 @@ experiments/table2.toml is an example with reasons; docs/simulation.md lists the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta
 
@@ -44,6 +44,7 @@ SHAPES: dict[str, Callable[[], ModelShape]] = {
 
 Part = Annotated[float, Meta(gt=0, le=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+_Group = TypeVar("_Group", bound="MachineGroup")
 
 
 class ModelPart(Spec, frozen=True):
@@ -109,14 +110,27 @@ class LinkPart(Spec, frozen=True):
     trace: tuple[tuple[float, float], ...] = ()
 
 
-class DeviceGroup(Spec, frozen=True):
-    """Equal devices, called `name`-0, `name`-1 ...; `depth`: n with SplitFrozen."""
+class MachineGroup(Spec, frozen=True):
+    """Equal devices, called `name`-0, `name`-1 ..."""
 
     name: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,40}$")]
     count: Annotated[int, Meta(ge=1, le=100_000)]
     flops: Above0
-    depth: Whole
     efficiency: Part = 1.0
+
+
+class DeviceGroup(MachineGroup, frozen=True, kw_only=True):
+    """`depth`: n with SplitFrozen."""
+
+    depth: Whole
+
+
+class NetworkFile(Spec, frozen=True):
+    """What a run's events are replayed on: machines and links, for devices in their order."""
+
+    server: MachinePart
+    link: LinkPart
+    devices: Annotated[tuple[MachineGroup, ...], Meta(min_length=1)]
 
 
 class DatasetPart(Spec, frozen=True):
@@ -175,13 +189,6 @@ class Experiment(Spec, frozen=True):
     def shape(self) -> ModelShape:
         return SHAPES[self.model.shape]()
 
-    @property
-    def device_names(self) -> Iterator[tuple[str, DeviceGroup]]:
-        """Every device and its group."""
-        for group in self.devices:
-            for number in range(group.count):
-                yield f"{group.name}-{number}", group
-
 
 def _refuse_twice(key: str, values: object) -> None:
     assert isinstance(values, tuple | list)
@@ -202,21 +209,33 @@ def load(path: Path) -> Experiment:
 
 def network(experiment: Experiment) -> Network:
     """Machines and links. Raises RequestError for a trace that cannot be followed."""
-    server = Machine(experiment.server.flops, experiment.server.efficiency)
-    machines = {SERVER: server, FEDERATED: server}
     stages = experiment.server.stages
-    stage = Machine(server.flops / stages, server.efficiency)
-    machines |= {f"{SERVER}/{number}": stage for number in range(stages)}
-    for group in experiment.devices:
-        machine = Machine(group.flops, group.efficiency)
-        machines |= {f"{group.name}-{number}": machine for number in range(group.count)}
-    link = experiment.link
+    stage = Machine(experiment.server.flops / stages, experiment.server.efficiency)
+    machines = {f"{SERVER}/{number}": stage for number in range(stages)}
+    for name, group in named(experiment.devices):
+        machines[name] = Machine(group.flops, group.efficiency)
+    return connected(machines, experiment.server, experiment.link)
+
+
+def connected(machines: dict[str, Machine], server: MachinePart, link: LinkPart) -> Network:
+    """Devices with a server and a federated one, each device with an equal link.
+
+    Raises RequestError for a trace that cannot be followed.
+    """
+    hub = Machine(server.flops, server.efficiency)
     links = {}
-    for hub in (SERVER, FEDERATED):
-        for source, target, medium in (("device", hub, "uplink"), (hub, "device", "downlink")):
+    for party in (SERVER, FEDERATED):
+        for source, target, medium in (("device", party, "uplink"), (party, "device", "downlink")):
             shared = medium if link.shared else None
             links[source, target] = Link(link.bps, link.latency_s, shared, link.trace)
-    return Network(machines, links)
+    return Network({**machines, SERVER: hub, FEDERATED: hub}, links)
+
+
+def named(groups: Iterable[_Group]) -> Iterator[tuple[str, _Group]]:
+    """Every device and its group."""
+    for group in groups:
+        for number in range(group.count):
+            yield f"{group.name}-{number}", group
 
 
 def setting(experiment: Experiment, rank: int, *, once: bool = False) -> Setting:
@@ -226,7 +245,7 @@ def setting(experiment: Experiment, rank: int, *, once: bool = False) -> Setting
         shape=experiment.shape,
         rank=rank,
         cut=experiment.model.cut,
-        depths={name: group.depth for name, group in experiment.device_names},
+        depths={name: group.depth for name, group in named(experiment.devices)},
         counting=experiment.model.counting,
         wire=Wire(wire.activations, wire.gradients, wire.adapters),
         ahead=None if once else AHEAD,
@@ -241,7 +260,7 @@ def steps(
     Each takes part in each step with the same number of samples, which need not be whole: it is
     the mean of what whole batches would be. `once`: epochs after the first read what is stored.
     """
-    names = [name for name, _ in experiment.device_names]
+    names = [name for name, _ in named(experiment.devices)]
     size = experiment.train.batch_size
     full, rest = divmod(dataset.samples, size)
     batches = [size] * full + [rest] * bool(rest)

@@ -21,10 +21,10 @@ from pathlib import Path
 from splitfrozen import rng
 from splitfrozen.config import Config
 from splitfrozen.data.readers import read_rows
+from splitfrozen.data.tasks import COLUMNS
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Outcome
-from splitfrozen.runs.prepare import COLUMNS
 from splitfrozen.studies import findings, grid, plots
 from splitfrozen.studies.cells import Cells, Progress, Runner, Subprocesses, locked, size
 from splitfrozen.studies.environment import environment

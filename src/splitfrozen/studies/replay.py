@@ -39,6 +39,7 @@ from splitfrozen.simulation import timeline
 from splitfrozen.simulation.gantt import COLOURS, MORE_COLOURS
 from splitfrozen.simulation.network import Link, Machine, Network
 from splitfrozen.simulation.timeline import Timeline
+from splitfrozen.studies.elsewhere import replay_on
 
 SHOWN = 40
 """Parties and links that are listed and drawn."""
@@ -65,10 +66,11 @@ class Speeds:
     links: Mapping[tuple[str, str], Link]
 
 
-def replay(run: Path, out: Path | None) -> Outcome:
+def replay(run: Path, network: Path | None, out: Path | None) -> Outcome:
     """Lay a run beside its replay and its forecast; with `out`, draw and trace them there.
 
-    Raises StoreError where the run has no log, RequestError where it was not measured.
+    With `network`, give its events the times of that network instead. Raises StoreError where the
+    run has no log, RequestError where it was not measured, ConfigError for the network's file.
     """
     events = networklog.read(run)
     if not events:
@@ -78,6 +80,8 @@ def replay(run: Path, out: Path | None) -> Outcome:
             allowed="the log of a run in which something was computed",
             remedy="serve a run to its end, then replay that",
         )
+    if network is not None:
+        return replay_on(run, events, network, out)
     real, speeds = timeline.measured(events), measure(events)
     again = simulate(events, speeds)
     expected = _forecast(run, speeds)

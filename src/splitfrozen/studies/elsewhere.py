@@ -1,0 +1,77 @@
+"""A run's events on another network: `splitfrozen replay RUN --network NETWORK.toml`.
+
+What a run did does not depend on how fast its machines and links were, so its event log, of a
+network run or of `train`, can be given the times that any other network would give it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from splitfrozen.config import convert, read_toml
+from splitfrozen.errors import RequestError
+from splitfrozen.records import Compute, Event, Outcome, Send
+from splitfrozen.simulation import timeline
+from splitfrozen.simulation.experiment import NetworkFile, connected, named
+from splitfrozen.simulation.gantt import draw
+from splitfrozen.simulation.network import Machine, Network, role
+
+FREE = 1e30
+"""Speed of what a network's file says nothing of: encoding, and arriving."""
+
+
+def replay_on(run: Path, events: Sequence[Event], file: Path, out: Path | None) -> Outcome:
+    """Give a run's events the times of the network that `file` describes.
+
+    Devices take the machines in their order. Raises ConfigError, and RequestError where the file
+    has not as many devices as the run.
+    """
+    spec = convert(read_toml(file), NetworkFile)
+    bare = [_bare(event) for event in events]
+    found = timeline.replay(bare, _network(bare, spec))
+    sent = sum(event.bytes for event in bare if isinstance(event, Send))
+    data: dict[str, object] = {
+        "run": str(run),
+        "network": str(file),
+        "makespan_s": found.makespan,
+        "bytes": sent,
+        "parties": found.rows,
+    }
+    text = f"{found.table()}\n\n{found.makespan:.2f} s, {sent / 1e6:.2f} MB sent"
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = [out / "gantt.png", out / "trace.json", out / "events.csv"]
+        draw(found, paths[0], f"{run.name} on {file.stem}")
+        found.write_trace(paths[1])
+        found.write_csv(paths[2])
+        text += "".join(f"\nwrote {path}" for path in paths)
+    return Outcome(data, text)
+
+
+def _bare(event: Event) -> Event:
+    """Without its times, and without the work that is none of a machine's."""
+    event = msgspec.structs.replace(event, begin_s=None, end_s=None)
+    if isinstance(event, Compute) and (event.phase == "setup" or "/" in event.who):
+        return msgspec.structs.replace(event, flops=0.0)
+    return event
+
+
+def _network(events: Sequence[Event], spec: NetworkFile) -> Network:
+    who = {event.who for event in events if isinstance(event, Compute)}
+    who |= {event.source for event in events if isinstance(event, Send)}
+    devices = sorted(one for one in who if role(one) == "device" and "/" not in one)
+    groups = [group for _, group in named(spec.devices)]
+    if len(groups) != len(devices):
+        raise RequestError(
+            "the network does not fit the run",
+            got=f"{len(groups)} devices",
+            allowed=f"{len(devices)}, as the run has",
+            remedy="change `count` in [[devices]]",
+        )
+    machines = {one: Machine(FREE) for one in who if "/" in one}
+    for name, group in zip(devices, groups, strict=True):
+        machines[name] = Machine(group.flops, group.efficiency)
+    return connected(machines, spec.server, spec.link)
