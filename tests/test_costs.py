@@ -196,6 +196,7 @@ def test_loads_add_up() -> None:
 def test_backward_of_blocks_that_nothing_is_trained_in() -> None:
     shape, load = costs.gpt2_small(), Tokens.uniform(2, 10)
     assert costs.backward_flops(shape, 3, load, 0, input_gradient=False) == (0, 0)
+    assert costs.backward_flops(shape, 0, load, 4, input_gradient=False) == (0, 0)
     through, weights = costs.backward_flops(shape, 3, load, 0, input_gradient=True)
     assert weights == 0
     assert through > costs.forward_flops(shape, 3, load), "attention has two gradients"

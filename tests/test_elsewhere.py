@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from splitfrozen.errors import ConfigError, RequestError
+from splitfrozen.errors import ConfigError, RequestError, StoreError
 from splitfrozen.records import Compute, Event, Send
 from splitfrozen.studies.replay import replay
 
@@ -76,6 +76,11 @@ def test_another_number_of_devices_is_refused(run: Path) -> None:
     (run / "network.toml").write_text(NETWORK.replace("count = 1", "count = 2", 1))
     with pytest.raises(RequestError, match="got 3 devices; allowed: 2"):
         replay(run, run / "network.toml", None)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(run: Path) -> None:
+    with pytest.raises(StoreError, match="out"):
+        replay(run, run / "network.toml", run / "network.toml" / "out")
 
 
 def test_an_unknown_key_is_named(run: Path) -> None:

@@ -200,6 +200,13 @@ def test_fedsllm_trains_on_all_clients_together() -> None:
     assert server[0].flops == pytest.approx(paper_forward(9, LOAD + LOAD + LOAD))
 
 
+def test_fedsllms_one_server_model_ends_a_step_before_the_next_whoever_takes_part() -> None:
+    plan = [Step(number, (Share(device, LOAD),)) for number, device in enumerate("ab")]
+    times = ends(list(events("fedsllm", SETTING, plan)), network(server=1e10))
+    assert times["b", "activations", 1][1] < times["server", "forward", 0][1]
+    assert times["server", "forward", 1][0] == times["server", "backward", 0][1]
+
+
 def test_fedsllms_round_takes_what_the_paper_says() -> None:
     """Steps of max(T_F + T_s) + T_server + max(T_B), and adapters; gradients take time, too."""
     log = list(events("fedsllm", SETTING, steps(4, every=4)))

@@ -176,7 +176,7 @@ def backward_flops(
         input_gradient: whether the gradient of what enters the lowest block is wanted, because
             something below is trained.
     """
-    if rank == 0 and not input_gradient:
+    if not (input_gradient or (blocks and rank)):
         return 0.0, 0.0
     lora = _lora_flops_per_token(shape.maps, rank)
     maps = map_flops_per_token(shape.maps) + lora
@@ -366,7 +366,7 @@ def front_memory_bytes(
 # --- the memory of a device as the SFT paper has it (section V-B) -------------------------------
 
 FLOAT_BYTES = 4
-"""alpha in equations 21 to 25."""
+"""alpha in equations 21, 23 and 25; that of equation 22 is `moments` times as much."""
 
 
 def sft_model_bytes(shape: ModelShape, rank: int) -> float:

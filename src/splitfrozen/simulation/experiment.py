@@ -10,12 +10,13 @@
     [[datasets]] DatasetPart   samples and their length
     [paper]     PaperPart      `rows` of published figures, to print beside; optional
 
-experiments/table2.toml is an example with reasons; docs/simulation.md lists the keys.
+experiments/table2.toml is an example with reasons; docs/simulation.md lists the keys. The file of
+`splitfrozen replay --network` (`NetworkFile`) has the same [server], [link] and [[devices]].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -142,7 +143,7 @@ class DatasetPart(Spec, frozen=True):
 
 
 class Published(Spec, frozen=True):
-    """What a paper says of one cell of the table, in the units of `runs.simulate`."""
+    """What a paper says of one cell of the table, in the units of `studies.simulate`."""
 
     dataset: str
     rank: Whole
@@ -190,8 +191,7 @@ class Experiment(Spec, frozen=True):
         return SHAPES[self.model.shape]()
 
 
-def _refuse_twice(key: str, values: object) -> None:
-    assert isinstance(values, tuple | list)
+def _refuse_twice(key: str, values: Sequence[object]) -> None:
     twice = [value for place, value in enumerate(values) if value in values[:place]]
     if twice:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """How one thing serves many events: one at a time (`Serial`), or all at once (`Shared`).
 
-`timeline.replay` drives both in the same way: `join` when an event becomes ready, `leave` at the
+`engine.Engine` drives both in the same way: `join` when an event becomes ready, `leave` at the
 second that `turn` announced last, and `turn` once everything of an instant has joined and left.
 """
 

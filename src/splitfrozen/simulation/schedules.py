@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from splitfrozen.config import MethodName
-from splitfrozen.model.costs import ModelShape, Tokens
+from splitfrozen.model.costs import NOTHING, ModelShape, Tokens
 from splitfrozen.records import Compute, Event, Send
 from splitfrozen.simulation.pipeline import MicroBatch, Schedule, stage_events
 from splitfrozen.simulation.work import Counting, Passes, Work
@@ -230,12 +230,7 @@ class _Training:
 
 
 def _total(shares: Sequence[Share]) -> Tokens:
-    loads = [share.load for share in shares]
-    return Tokens(
-        sum(load.samples for load in loads),
-        sum(load.tokens for load in loads),
-        sum(load.squares for load in loads),
-    )
+    return sum((share.load for share in shares), NOTHING)
 
 
 def _centralized(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
@@ -323,9 +318,12 @@ def _sft(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
 def _fedsllm(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     training = _Training(setting)
     adapter = training.work.adapter(setting.cut, last=False)
+    before: tuple[int, ...] = ()
     for step in steps:
         arrived = yield from _send_up(training, step)
-        done = yield from _train_above(training, _total(step.shares), step.number, arrived)
+        ready = (*arrived, *before)
+        done = yield from _train_above(training, _total(step.shares), step.number, ready)
+        before = (done,)
         for share in step.shares:
             yield from _send_back(training, share, step.number, done)
         if step.ends_round:

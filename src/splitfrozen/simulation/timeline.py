@@ -87,6 +87,11 @@ class Timeline:
         """Seconds from 0 to the last end."""
         return float(self.end.max(initial=0.0))
 
+    @property
+    def sent(self) -> float:
+        """Bytes of all sends."""
+        return sum(event.bytes for event in self.events if isinstance(event, Send))
+
     @cached_property
     def phases(self) -> tuple[str, ...]:
         """Names of the phases, in the order of their first event."""
@@ -356,7 +361,7 @@ def measured(events: Iterable[Event]) -> Timeline:
                 f"event {event.id} ({event.phase}) was not measured",
                 got=f"begin_s {first}, end_s {last}",
                 allowed="two times, the end not before the begin",
-                remedy="take the log of a run, or replay the forecast",
+                remedy="take the log of a served run, or give it a network: --network",
             )
         begin.append(first)
         end.append(last)

@@ -12,37 +12,39 @@ from pathlib import Path
 import msgspec
 
 from splitfrozen.config import convert, read_toml
+from splitfrozen.disk import explained
 from splitfrozen.errors import RequestError
 from splitfrozen.records import Compute, Event, Outcome, Send
+from splitfrozen.runs.networklog import SETUP
 from splitfrozen.simulation import timeline
 from splitfrozen.simulation.experiment import NetworkFile, connected, named
 from splitfrozen.simulation.gantt import draw
 from splitfrozen.simulation.network import Machine, Network, role
 
 FREE = 1e30
-"""Speed of what a network's file says nothing of: encoding, and arriving."""
+"""Speed of a party that the network's file says nothing of: an encoder, whose work is left out."""
 
 
 def replay_on(run: Path, events: Sequence[Event], file: Path, out: Path | None) -> Outcome:
     """Give a run's events the times of the network that `file` describes.
 
-    Devices take the machines in their order. Raises ConfigError, and RequestError where the file
-    has not as many devices as the run.
+    Devices take the machines in their order. Raises ConfigError, StoreError, and RequestError
+    where the file has not as many devices as the run.
     """
     spec = convert(read_toml(file), NetworkFile)
     bare = [_bare(event) for event in events]
     found = timeline.replay(bare, _network(bare, spec))
-    sent = sum(event.bytes for event in bare if isinstance(event, Send))
     data: dict[str, object] = {
         "run": str(run),
         "network": str(file),
         "makespan_s": found.makespan,
-        "bytes": sent,
+        "bytes": found.sent,
         "parties": found.rows,
     }
-    text = f"{found.table()}\n\n{found.makespan:.2f} s, {sent / 1e6:.2f} MB sent"
+    text = f"{found.table()}, {found.sent / 1e6:.2f} MB sent"
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
         paths = [out / "gantt.png", out / "trace.json", out / "events.csv"]
         draw(found, paths[0], f"{run.name} on {file.stem}")
         found.write_trace(paths[1])
@@ -54,7 +56,7 @@ def replay_on(run: Path, events: Sequence[Event], file: Path, out: Path | None) 
 def _bare(event: Event) -> Event:
     """Without its times, and without the work that is none of a machine's."""
     event = msgspec.structs.replace(event, begin_s=None, end_s=None)
-    if isinstance(event, Compute) and (event.phase == "setup" or "/" in event.who):
+    if isinstance(event, Compute) and (event.phase == SETUP or "/" in event.who):
         return msgspec.structs.replace(event, flops=0.0)
     return event
 

@@ -24,12 +24,11 @@ from splitfrozen.studies.grid import FILES, Cell, Experiment, Group, Table
 PAPER = {("iid", None): 13.6, ("dirichlet", 0.1): 69.4}
 """The paper's gains over FedLoRA and SplitLoRA in percent, by partition and alpha."""
 
+PLACE = ("dataset", "partition", "rank", "method", "seed")
+"""What tells the rows apart."""
+
 COLUMNS = (
-    "dataset",
-    "partition",
-    "rank",
-    "method",
-    "seed",
+    *PLACE,
     "accuracy",
     "lr",
     "seconds",
@@ -184,7 +183,7 @@ def kept(found: Findings, data: Mapping[str, object]) -> dict[str, object]:
         "config": {**found.experiment.source, "set": _without_places(found.experiment.settings)},
         "curves": [
             {
-                **{key: getattr(t.cell, key) for key in COLUMNS[:5]},
+                **{key: getattr(t.cell, key) for key in PLACE},
                 "evaluations": t.result.evaluations,
                 "losses": t.result.losses,
             }
@@ -329,7 +328,7 @@ def _spread(values: Sequence[float] | None, measure: str) -> str:
 
 def _row(one: Trained) -> Row:
     cell, result = one.cell, one.result
-    named = {key: getattr(cell, key) for key in ("dataset", "partition", "rank", "method", "seed")}
+    named = {key: getattr(cell, key) for key in PLACE}
     measures = {key: result.after.get(key) for key in COLUMNS if key not in named}
     return (
         named

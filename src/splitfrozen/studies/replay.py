@@ -28,7 +28,7 @@ from splitfrozen.config import Config
 from splitfrozen.disk import explained
 from splitfrozen.errors import RequestError
 from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
-from splitfrozen.records import Announcement, Compute, Event, Outcome, Send
+from splitfrozen.records import Announcement, Compute, Event, Outcome
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.networklog import SERVER, SETUP, EventList, Piece, step_flops
@@ -92,7 +92,7 @@ def replay(run: Path, network: Path | None, out: Path | None) -> Outcome:
         "forecast": None if expected is None else _figures(expected),
         "difference": {
             "makespan": _apart(again.makespan, real.makespan),
-            "bytes": _apart(sent(again), sent(real)),
+            "bytes": _apart(again.sent, real.sent),
         },
         "parties": _parties(real, again),
         "speeds": [
@@ -145,11 +145,6 @@ def simulate(events: Sequence[Event], speeds: Speeds) -> Timeline:
     machines = {event.who: Machine(1.0) for event in bare if isinstance(event, Compute)}
     found = timeline.replay(seconds, Network(machines, speeds.links))
     return with_changes(found, events=bare)
-
-
-def sent(found: Timeline) -> float:
-    """Bytes of all sends."""
-    return sum(event.bytes for event in found.events if isinstance(event, Send))
 
 
 def _seconds(event: Compute, speeds: Speeds) -> float:
@@ -235,7 +230,7 @@ def _mean_load(announced: Announcement, part: float) -> Tokens:
 def _figures(found: Timeline) -> dict[str, object]:
     return {
         "makespan_s": found.makespan,
-        "bytes": sent(found),
+        "bytes": found.sent,
         "phases": {phase: _phase_s(found, phase) for phase in found.phases if phase != SETUP},
     }
 
@@ -271,7 +266,7 @@ def _text(real: Timeline, again: Timeline, expected: Timeline | None) -> str:
     every = (real, again, expected)
     lines: dict[str, list[float | None]] = {
         "makespan s": [one.makespan if one else None for one in every],
-        "MB sent": [sent(one) / 1e6 if one else None for one in every],
+        "MB sent": [one.sent / 1e6 if one else None for one in every],
     }
     apart = [_apart(values[1] or 0.0, values[0] or 0.0) for values in lines.values()]
     # The sums of the phases are alike by construction: mean speeds were measured.
