@@ -16,7 +16,7 @@ import pytest
 
 from splitfrozen import cli, config
 from splitfrozen.config import MethodName
-from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
+from splitfrozen.errors import ConfigError, DataError, SplitFrozenError, StoreError
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.studies import compare, findings, grid
 from splitfrozen.studies.cells import (
@@ -229,6 +229,36 @@ def test_a_setting_that_is_none_is_refused(folder: Path, text: str) -> None:
         grid.load(folder / "small.toml", [text])
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model.name=", "`model.name` is wrong: got ''"),
+        (f"train.lr={'9' * 5000}", "`train.lr` is wrong"),
+        (f"task.labels={'[' * 3000}", "`task.labels` is wrong"),
+        ("tune.rates=[inf]", r"`rates\[0\]` is wrong: got inf"),
+        ('experiment.folder="\\u0000"', "NUL"),
+        ('experiment.prompts=["\\u0000"]', "NUL"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(folder: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        grid.load(folder / "small.toml", [text])
+
+
+def test_a_setting_of_what_is_no_table_is_refused(folder: Path) -> None:
+    path = changed(folder, '[experiment]\nranks = [4, 8]\nseeds = [0, 1]\nfolder = "cells"', "")
+    path.write_text(f"experiment = 3\n{path.read_text()}")
+    with pytest.raises(ConfigError, match=r"`\[experiment\]` is wrong: got 3"):
+        grid.load(path, ["experiment.ranks=[4]"])
+
+
+def test_a_misspelt_path_is_told_before_anything_is_trained(folder: Path) -> None:
+    for key in ("data.train", "task.eval"):
+        with pytest.raises(DataError, match="no such data: got none.jsonl"):
+            compare.compare(folder / "small.toml", [f"{key}=none.jsonl"], 1, None)
+    assert not (folder / "cells").exists()
+
+
 # --- keys ----------------------------------------------------------------------------------------
 
 
@@ -262,7 +292,9 @@ def test_a_key_follows_content_and_not_places(folder: Path, tmp_path: Path) -> N
 
 
 def test_the_file_of_a_run_reads_back(folder: Path) -> None:
-    experiment = grid.load(folder / "small.toml", ['task.template="a \\"b\\"\\n{prompt} ü"'])
+    experiment = grid.load(
+        folder / "small.toml", ['task.template="a \\"b\\"\\n{prompt} ü \\u007f😀"']
+    )
     for group in experiment.groups():
         made = in_folder(experiment.config(group), folder / "run")
         (folder / "run.toml").write_text(grid.to_toml(made))
@@ -396,10 +428,11 @@ def test_a_damaged_cell_is_trained_again(folder: Path) -> None:
     experiment = grid.load(folder / "small.toml")
     ran(experiment, Fake())
     damaged, *_ = sorted((folder / "cells").glob("*.json"))
-    damaged.write_bytes(damaged.read_bytes()[:40])
-    again = Fake()
-    ran(experiment, again)
-    assert [f"{cell.key}.json" for cell in again.trained] == [damaged.name]
+    for text in (damaged.read_bytes()[:40], b"[" * 100_000, b'{"result": {"before": 3}}'):
+        damaged.write_bytes(text)
+        again = Fake()
+        ran(experiment, again)
+        assert [f"{cell.key}.json" for cell in again.trained] == [damaged.name]
 
 
 def test_cells_run_side_by_side(folder: Path) -> None:
@@ -425,6 +458,16 @@ def test_a_folder_is_of_one_command(folder: Path) -> None:
         locked(folder / "cells"),
     ):
         pass
+
+
+def test_what_is_not_of_cells_stays(folder: Path) -> None:
+    running = folder / "cells" / "running"
+    for name in ("mine", f"{'0' * 20}-left"):
+        (running / name).mkdir(parents=True)
+        (running / name / "file").touch()
+    with locked(folder / "cells"):
+        assert [path.name for path in running.iterdir()] == ["mine"]
+    assert (running / "mine" / "file").exists()
 
 
 # --- what a training leaves ----------------------------------------------------------------------

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from splitfrozen import config
+from splitfrozen.config import MethodSpec
 from splitfrozen.errors import ConfigError
+from splitfrozen.wire.codec import CODECS
 from splitfrozen.wire.join import JoinString
 
 SMALL = '[model]\nname = "gpt2"\ncut = 3\n[task]\nlabels = ["a", "b"]\n[devices]\ncount = 2\n'
@@ -164,3 +166,44 @@ def test_the_largest_seed_is_kept(tmp_path: Path) -> None:
 def test_a_name_that_no_file_can_have_is_a_hub_name(tmp_path: Path) -> None:
     name = "a" * 300
     assert load(tmp_path, SMALL.replace("gpt2", name)).model.name == name
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ({"name": "fedlora", "reuse": "never"}, "reuse"),
+        ({"name": "sft", "shuffle": "none"}, "shuffle"),
+        ({"name": "sft", "server": "per_device"}, "server"),
+        ({"name": "fedlora", "gradients": "int8"}, "gradients"),
+        ({"name": "sft", "gradients": "int9"}, "gradients"),
+        ({"name": "centralized", "local_epochs": 2}, "local_epochs"),
+        ({"name": "splitfrozen", "local_steps": 2}, "local_steps"),
+        ({"name": "fedlora", "local_steps": 2, "local_epochs": 2}, "local_epochs"),
+    ],
+)
+def test_an_option_that_the_method_would_not_use_is_refused(
+    method: dict[str, object], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"`method\.{key}` is wrong"):
+        MethodSpec(**method)  # type: ignore[arg-type]
+    MethodSpec(method["name"])  # type: ignore[arg-type]
+
+
+def test_gradients_may_have_any_codec() -> None:
+    assert [MethodSpec("sft", gradients=name).gradients for name in CODECS] == list(CODECS)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(SMALL.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert config.load(tmp_path / "run.toml").model.name == "gpt2"
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000 + "]" * 3000])
+def test_what_no_parser_takes_is_not_toml(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load(tmp_path, f"{SMALL}x = {value}\n")
+
+
+def test_numbers_in_lists_are_finite_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`devices.depth\[1\]` is wrong: got inf.*finite"):
+        load(tmp_path, SMALL + "depth = [1, inf]\n")

@@ -85,3 +85,9 @@ def test_a_png_is_drawn(timeline: Timeline, tmp_path: Path):
 def test_a_picture_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path):
     with pytest.raises(StoreError):
         draw(run(1, 1), tmp_path / "no" / "gantt.png")
+
+
+def test_a_phase_is_no_formula(tmp_path: Path):
+    odd = replay([Compute(0, "server", "$\\frac{", 0, 1.0)], NETWORK)
+    draw(odd, tmp_path / "gantt.png", "$")
+    assert (tmp_path / "gantt.png").read_bytes().startswith(b"\x89PNG")

@@ -103,24 +103,20 @@ def test_an_optimiser_changes_its_own_parameters_alone() -> None:
     mine, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     mine.grad, other.grad = torch.full((2,), 3.0), torch.full((2,), 3.0)
     spec = TrainSpec(lr=0.1, warmup=0.0)
-    result = Optimiser({"mine": mine}, spec, steps=4).step(0.5, 7, 2)
-    assert (result.loss, result.targets) == (0.5, 7)
-    assert (result.grad_norm, result.lr) == pytest.approx((18**0.5, 0.05))
+    assert Optimiser({"mine": mine}, spec, steps=4).step(2) == pytest.approx((18**0.5, 0.05))
     # The first step of Adam is as long as its learning rate.
     torch.testing.assert_close(mine.detach(), torch.full((2,), 0.95))
     assert torch.equal(other, torch.ones(2))
     assert torch.equal(other.grad, torch.full((2,), 3.0))
 
 
-@pytest.mark.parametrize(
-    ("loss", "gradient"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))]
-)
-def test_what_is_not_finite_changes_nothing(loss: float, gradient: float) -> None:
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(gradient: float) -> None:
     mine = torch.nn.Parameter(torch.ones(2))
     mine.grad = torch.full((2,), gradient)
     optimiser = Optimiser({"mine": mine}, TrainSpec(warmup=0.0), steps=4)
-    with pytest.raises(NotFiniteError, match="diverged at step 3"):
-        optimiser.step(loss, 1, 2)
+    with pytest.raises(NotFiniteError, match="diverged at step 3: got gradient norm"):
+        optimiser.step(2)
     assert torch.equal(mine, torch.ones(2))
     assert optimiser.state().keys() == {"parameter.mine"}
 

@@ -266,3 +266,9 @@ def test_many_devices_and_classes_are_drawn(tmp_path: Path) -> None:
     shares = [Share(f"device-{i:02}", "", 40, 400, dict.fromkeys(labels, i % 3)) for i in range(60)]
     draw(shares, labels, "run", tmp_path / "many.png")
     assert imread(tmp_path / "many.png").std() > 0.1
+
+
+def test_an_alpha_beyond_all_numbers_gives_equal_parts() -> None:
+    for alpha in (1e6, 1e308, 1.7976931348623157e308):
+        assert [len(part) for part in quantity(24, 3, alpha, 0)] == [8, 8, 8]
+        assert [len(part) for part in dirichlet([0, 1] * 12, 3, alpha, 0)] == [8, 8, 8]

@@ -12,7 +12,7 @@ import pytest
 from splitfrozen.cli import main
 from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig
 from splitfrozen.errors import RequestError
-from splitfrozen.records import Event
+from splitfrozen.records import Compute, Event
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.networklog import EventList, Piece
@@ -158,3 +158,23 @@ def test_what_cannot_be_replayed_is_told(run: Path) -> None:
     write(run, bare())
     with pytest.raises(RequestError, match="was not measured"):
         replay(run, None, None)
+
+
+def test_names_are_no_formulas(run: Path, tmp_path: Path) -> None:
+    odd = [
+        msgspec.structs.replace(event, phase="$\\frac{", who="$\\alpha_{")
+        if isinstance(event, Compute)
+        else event
+        for event in log_of(bare())
+    ]
+    write(run, odd)
+    assert main(["replay", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "gantt.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_work_too_small_to_be_measured_takes_no_time() -> None:
+    events = [
+        msgspec.structs.replace(event, flops=5e-324) if isinstance(event, Compute) else event
+        for event in log_of(bare())
+    ]
+    assert simulate(events, measure(events)).makespan < timeline.measured(events).makespan

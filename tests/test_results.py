@@ -130,3 +130,10 @@ def test_a_comparison_without_a_result_is_drawn_too(tmp_path: Path) -> None:
     nothing = {**result(("iid",)), "rows": [], "gains": {"mean": [], "each": []}}
     plots.draw(nothing, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").is_file()
+
+
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    odd = "$\\frac{"
+    named = {**result((odd,)), "labels": dict.fromkeys(result((odd,))["labels"], odd)}
+    plots.draw(named, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

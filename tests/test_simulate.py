@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,11 @@ def test_a_trace_that_runs_backwards_is_refused(
     path = small(tmp_path, ("bps = 1e9", "bps = 1e9\ntrace = [[5.0, 1.0], [2.0, 0.5]]"))
     assert main(["simulate", str(path)]) == 2
     assert "seconds that grow" in capsys.readouterr().err
+
+
+def test_what_no_machine_can_hold_is_refused(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    text = re.sub(r"(?m)^samples = .*$", "samples = 9223372036854775807", path.read_text())
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"`datasets\[0\]` takes too many steps"):
+        simulate(path, None)

@@ -308,7 +308,15 @@ def test_never_reusing_learns_the_same_and_keeps_nothing(write_run: Callable[...
 
 
 @pytest.mark.parametrize(
-    "method", ['name = "splitfrozen"', 'reuse = "never"', 'name = "splitlora"', 'name = "fedlora"']
+    "method",
+    [
+        'name = "splitfrozen"',
+        'reuse = "never"',
+        'name = "splitlora"',
+        'name = "fedlora"',
+        'name = "fedlora"\nlocal_steps = 2',
+        'name = "fedsllm"\nlocal_steps = 1',
+    ],
 )
 def test_the_event_log_has_the_bytes_that_were_sent(
     write_run: Callable[..., Path], method: str
@@ -540,3 +548,30 @@ def test_the_tokenizer_alone_is_that_of_a_run(write_run: Callable[..., Path]) ->
         str(path.parent / "run/files" / prepared.tokenizer.name)
     )
     assert served.to_str() == tokenizer.to_str()
+
+
+def test_another_number_of_devices_is_a_mend_until_devices_joined(
+    write_run: Callable[..., Path],
+) -> None:
+    path = changed(write_run(), "count = 3\ndepth = [1, 2, 1]", "count = 4")
+    with pytest.raises(ConfigError, match="set devices.count to 3"):
+        train(path)
+    assert train(changed(path, "count = 4", "count = 3")).data["state"] == "done"
+    with pytest.raises(ConfigError, match="started otherwise: got another devices.count"):
+        train(changed(path, "count = 3", "count = 4"))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"sent": 5}, {"step": "x", "sent": [[1]]}, {"step": 1, "sent": [["a", "b"]]}]
+)
+def test_a_damaged_event_of_a_step_loses_nothing_else(
+    write_run: Callable[..., Path], damage: dict[str, Any]
+) -> None:
+    path = write_run('name = "fedlora"')
+    told = train(path)
+    run = RunFolder(path.parent / "run")
+    run.report({"event": "step", **damage})
+    assert train(path).data["bytes"] == told.data["bytes"] != {}
+    with closing(Registry(run.root)) as registry:
+        registry.set_state("stopped")
+    assert train(path).data["state"] == "done", "the event log is written again"

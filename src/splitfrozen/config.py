@@ -136,11 +136,15 @@ class TrainSpec(Spec, frozen=True):
     checkpoint_steps: Whole = 50
 
 
+Format = Literal["float32", "float16", "bfloat16", "int8"]
+Compression = Literal["none", "zlib", "zstd"]
+
+
 class WireSpec(Spec, frozen=True):
     """`codec` and `compression` make the codec's name, as in "float16+zstd"."""
 
-    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
-    compression: Literal["none", "zlib", "zstd"] = "zstd"
+    codec: Format = "float16"
+    compression: Compression = "zstd"
     chunk_bytes: Annotated[int, Meta(ge=64 * 1024, le=32 * 1024 * 1024)] = 4 * 1024 * 1024
 
     @property
@@ -195,6 +199,29 @@ class MethodSpec(Spec, frozen=True):
     def two_way(self) -> bool:
         """Whether gradients come back to the devices."""
         return self.name in ("splitlora", "sft", "fedsllm")
+
+    def __post_init__(self) -> None:
+        codecs = [
+            *get_args(Format),
+            *(f"{a}+{b}" for a in get_args(Format) for b in ("zlib", "zstd")),
+        ]
+        if self.gradients not in codecs:
+            raise _bad("method.gradients", repr(self.gradients), ", ".join(codecs), "choose one")
+        averages = self.two_way or self.name == "fedlora"
+        for key, usable, with_ in (
+            ("reuse", self.name == "splitfrozen", "splitfrozen"),
+            ("shuffle", self.name == "splitfrozen", "splitfrozen"),
+            ("server", self.name == "splitlora", "splitlora"),
+            ("gradients", self.two_way, "splitlora, sft and fedsllm"),
+            ("local_epochs", averages and self.local_steps is None, "rounds of epochs"),
+            ("local_steps", averages, "fedlora, splitlora, sft and fedsllm"),
+        ):
+            value = getattr(self, key)
+            if not usable and value != _METHOD[key]:
+                raise _bad(f"method.{key}", repr(value), f"only with {with_}", "leave it out")
+
+
+_METHOD = {field.name: field.default for field in msgspec.structs.fields(MethodSpec)}
 
 
 class DataSpec(Spec, frozen=True):
@@ -296,7 +323,8 @@ def load(path: Path) -> Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads(path.read_text())
+        # Some editors begin a file with a byte order mark.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}",
@@ -304,7 +332,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             allowed="a readable TOML file",
             remedy="check the path",
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # Numbers of 5,000 digits, lists in lists.
         raise ConfigError(
             f"{path} is not TOML",
             got=str(error),
@@ -412,6 +440,8 @@ def _refuse_infinite(table: dict[str, Any], prefix: str) -> None:
     for key, value in table.items():
         if isinstance(value, dict):
             _refuse_infinite(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            _refuse_infinite({f"{key}[{i}]": item for i, item in enumerate(value)}, prefix)
         elif isinstance(value, float) and not math.isfinite(value):
             raise _bad(prefix + key, value, "a finite number", "see docs/configuration.md")
 

@@ -29,9 +29,9 @@ from splitfrozen.config import (
 )
 from splitfrozen.data.inputs import model_inputs
 from splitfrozen.data.samples import SampleSource
-from splitfrozen.errors import StoreError, WireError
+from splitfrozen.errors import SplitFrozenError, StoreError, WireError
 from splitfrozen.methods.bench import Bench, Built, Rounds
-from splitfrozen.methods.parts import Lower, Whole
+from splitfrozen.methods.parts import Whole
 from splitfrozen.methods.table import METHODS, build
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.model.costs import Tokens, gpt2_small
@@ -58,6 +58,7 @@ CASES: dict[str, MethodSpec] = {
     "splitfrozen, window": MethodSpec("splitfrozen", shuffle="window"),
 }
 TWO_WAY = [name for name, method in CASES.items() if method.two_way]
+NARROW = MethodSpec("fedlora", local_steps=1)
 AVERAGED = [*(name for name in CASES if name.startswith("fedlora")), *TWO_WAY]
 FAMILIES = ["bert-classification", "llama-causal_lm", "vit-image"]
 EACH = [case for case in CASES if "," not in case or case == "splitlora, shared"]
@@ -117,13 +118,15 @@ class _AtCut:
 
     def __init__(self, below: SampleSource, built: Built) -> None:
         self.below = below
-        self._lower = Lower(built.adapted, CUT)
+        self._sliced = built.adapted.sliced
+        self._front = self._sliced.front(CUT)
 
     def read(self, keys: Sequence[SampleKey]) -> list[Activation]:
         found = []
         for sample in self.below.read(keys):
+            arrays = model_inputs([sample], self._sliced.inputs)
             with torch.no_grad():
-                hidden = self._lower.hidden([sample], dropout=False)[0].numpy()
+                hidden = self._front(*map(torch.from_numpy, arrays))[0].numpy()
             found.append(Activation(sample.id, CUT, hidden, sample.targets))
         return found
 
@@ -155,6 +158,7 @@ def world(tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., World]:
         family: str = FAMILIES[0],
         folder: str = "run",
         spoilt: bool = False,
+        dropout: float = 0.0,
         **train: Any,
     ) -> World:
         method = CASES[case] if isinstance(case, str) else case
@@ -164,7 +168,7 @@ def world(tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., World]:
             TaskConfig(labels=tuple("abc")),
             DevicesSpec(len(SIZES)),
             RunSpec(str(tmp_path / folder), window=5),
-            LoraSpec(rank=4),
+            LoraSpec(rank=4, dropout=dropout),
             TrainSpec(**options),
             WireSpec("float32", "none"),
             method=method,
@@ -240,13 +244,14 @@ def test_an_epoch_has_every_sample_once_in_as_many_steps_as_told(
 def test_the_same_seed_gives_the_same_bytes_though_it_was_stopped(
     case: str, world: Callable[..., World]
 ) -> None:
-    whole, parts = world(case), world(case, folder="stopped")
+    # With dropout, as what it draws must be found again.
+    whole, parts = world(case, dropout=0.2), world(case, folder="stopped", dropout=0.2)
     whole.fit()
     for asked in (3, 4):
         stopping = iter([False] * asked)
         outcome = parts.fit(should_stop=lambda it=stopping: next(it, True))
         assert outcome.stopped
-        parts = world(case, folder="stopped")
+        parts = world(case, folder="stopped", dropout=0.2)
     parts.fit()
     assert parts.state() == whole.state()
     saved = "last/adapter_model.safetensors"
@@ -317,11 +322,16 @@ def test_adapters_travel_at_the_end_of_a_round_to_who_averages(
     here = world(case, epochs=2)
     here.fit()
     method, steps = CASES[case], here.built.steps_per_epoch
+    assert steps == 3
     server = "federated" if method.name == "fedsllm" else "server"
     up = [it for it in here.sent if it[2] == "adapter" and it[1] == server]
     down = [it for it in here.sent if it[2] == "adapter" and it[0] == server]
-    assert sorted((a, n) for a, _, _, n in up) == sorted((b, n) for _, b, _, n in down)
-    # In every epoch all devices train; with rounds of two steps, the third of three is one more.
+    # Who trained gets the average at once, who did not gets it when it trains again.
+    late = Counter(b for _, b, _, _ in down) - Counter(a for a, _, _, _ in up)
+    assert Counter(a for a, _, _, _ in up) + late == Counter(b for _, b, _, _ in down)
+    assert bool(late) == (method.local_steps is not None)
+    assert "device-00" not in late
+    # The largest device trains in every round; with rounds of two steps there are two an epoch.
     rounds = {None: 1, 2: (steps + 1) // 2}[method.local_steps]
     assert Counter(it[0] for it in up)["device-00"] == 2 * rounds
     sizes = {
@@ -406,6 +416,52 @@ def test_the_average_is_weighted_by_the_samples_trained_on(world: Callable[..., 
     for name, value in here.built.adapted.parameters().items():
         mean = sum(count * own[name].double() for count, own in alone.values()) / 6
         torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-8)
+
+
+def test_a_device_that_missed_a_round_starts_from_its_average(world: Callable[..., World]) -> None:
+    here = world(NARROW, epochs=1)
+    batches = [here.built.order.batch(0, index) or [] for index in range(2)]
+    absent = {"device-01"}
+    assert not absent & {key.device for key in batches[0]}
+    assert absent & {key.device for key in batches[1]}
+    here.built.method.step(batches[0], here.source.read(batches[0]), 0)
+    average = here.state()
+    here.sent.clear()
+    alone = [key for key in batches[1] if key.device in absent]
+    before = [it for it in here.sent if it[1] in absent]
+    here.built.method.step(alone, here.source.read(alone), 1)
+    assert before == []
+    fetched = [it[:3] for it in here.sent if it[1] in absent]
+    assert fetched == [("server", "device-01", "adapter")] * 2
+    # Of one device, the average is what that device made of the average before.
+    other = world(NARROW, epochs=1, folder="other")
+    for name, value in other.built.adapted.parameters().items():
+        value.data = torch.frombuffer(bytearray(average[name]), dtype=torch.float32).view_as(value)
+    again = world(NARROW, epochs=1, folder="again")
+    again.built.method.load_state(
+        {
+            name: other.built.adapted.parameters()[name.partition(".")[2]]
+            if name.startswith("global.")
+            else value
+            for name, value in again.built.method.state().items()
+        }
+    )
+    assert again.state() == average
+
+
+@pytest.mark.parametrize("case", TWO_WAY)
+def test_a_device_whose_memory_runs_out_says_so(case: str, world: Callable[..., World]) -> None:
+    here = world(case)
+
+    def refuse(_module: object, _inputs: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    block = here.sliced.model.get_submodule(f"{here.sliced.blocks_path}.0.attention")
+    handle = block.register_forward_pre_hook(refuse)
+    with pytest.raises(SplitFrozenError, match=r"memory ran out at step 1: .*batch_size"):
+        here.fit()
+    handle.remove()
+    assert here.fit().steps > 0
 
 
 def test_padding_rows_of_different_lengths() -> None:

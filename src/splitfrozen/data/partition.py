@@ -19,6 +19,10 @@ from splitfrozen.errors import RequestError
 from splitfrozen.records import Ints
 from splitfrozen.rng import stream
 
+EQUAL = 1e12
+"""A parameter of Dir with which shares are equal but for rounding; with far larger ones its sums
+overflow, and the shares are no numbers."""
+
 
 def iid(count: int, parts: int, seed: int) -> list[Ints]:
     """Split 0 .. count-1 at random into parts whose sizes differ by one at most.
@@ -79,7 +83,7 @@ def _shared_out(
     members: npt.NDArray[np.int64], parts: int, alpha: float, source: np.random.Generator
 ) -> list[npt.NDArray[np.int64]]:
     """Cut `members` into consecutive pieces, their sizes drawn from Dir(alpha)."""
-    shares = source.dirichlet(np.full(parts, alpha))
+    shares = source.dirichlet(np.full(parts, min(alpha, EQUAL)))
     cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
     return np.split(members, cuts)
 

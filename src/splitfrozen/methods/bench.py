@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 
 from splitfrozen.config import Config
 from splitfrozen.methods.parts import Adapted
+from splitfrozen.methods.replicas import Sent, to_nobody
 from splitfrozen.model import adapters
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import SampleKey, SampleTable
@@ -18,10 +19,6 @@ from splitfrozen.training.loop import Method
 from splitfrozen.training.optimise import Gradients, Optimiser
 
 _T = TypeVar("_T")
-
-
-def _to_nobody(_source: str, _target: str, _phase: str, _bytes: int) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class Bench:
         samples: all of them, of all devices, sorted by key.
         dtype: what to compute in.
         report: takes events of the training, as in `training.loop.Hooks`.
-        sent: is told of all that crosses the network: source, target, phase, bytes.
+        sent: is told of all that crosses the network.
     """
 
     sliced: SlicedModel
@@ -42,7 +39,7 @@ class Bench:
     samples: SampleTable
     dtype: torch.dtype
     report: Callable[[dict[str, Any]], None] = lambda _: None
-    sent: Callable[[str, str, str, int], None] = _to_nobody
+    sent: Sent = to_nobody
 
     def adapt(self, cut: int) -> Adapted:
         """Put LoRA on blocks[cut:L]. Raises ModelError."""
@@ -59,10 +56,12 @@ class Bench:
             report=self.report,
         )
 
-    def optimiser(self, adapted: Adapted, steps_per_epoch: int) -> Optimiser:
-        """One for all that is trained."""
+    def optimiser(
+        self, parameters: Mapping[str, torch.nn.Parameter], steps_per_epoch: int
+    ) -> Optimiser:
+        """One for these parameters, with fresh moments."""
         steps = steps_per_epoch * self.config.train.epochs
-        return Optimiser(adapted.parameters(), self.config.train, steps)
+        return Optimiser(parameters, self.config.train, steps)
 
 
 @dataclass(frozen=True, slots=True)

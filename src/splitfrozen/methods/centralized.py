@@ -18,6 +18,8 @@ def build(bench: Bench) -> Built:
     config = bench.config
     adapted = bench.adapt(0)
     steps = math.ceil(len(bench.samples) / config.train.batch_size)
-    method = Pooled(Whole(adapted), adapted, bench.optimiser(adapted, steps), bench.gradients())
+    method = Pooled(
+        Whole(adapted), adapted, bench.optimiser(adapted.parameters(), steps), bench.gradients()
+    )
     order = FixedOrder(bench.samples, config.run.seed, config.train.batch_size)
     return Built(method, adapted, order, steps, None, "samples")

@@ -6,7 +6,7 @@ more samples take part more often, as in FedAvg with local epochs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from splitfrozen.methods.bench import Bench, Built, Rounds, by_device
 from splitfrozen.methods.parts import Adapted, Whole
 from splitfrozen.methods.replicas import Replicas
 from splitfrozen.records import Sample, SampleKey
+from splitfrozen.simulation.schedules import SERVER
 from splitfrozen.training.optimise import Gradients, StepResult
 from splitfrozen.training.orders import DeviceOrder
 
@@ -29,11 +30,12 @@ def build(bench: Bench) -> Built:
         adapted.model,
         list(adapted.parameters()),
         bench.samples.devices,
-        config.train,
-        steps * config.train.epochs,
+        lambda parameters: bench.optimiser(parameters, steps),
+        SERVER,
+        bench.sent,
     )
     rounds = Rounds.of(config, steps)
-    method = FedLora(adapted, replicas, rounds, bench.gradients(), bench.sent)
+    method = FedLora(adapted, replicas, rounds, bench.gradients())
     return Built(method, adapted, order, steps, rounds, "samples")
 
 
@@ -41,19 +43,13 @@ class FedLora:
     """As `training.loop.Method` over samples."""
 
     def __init__(
-        self,
-        adapted: Adapted,
-        replicas: Replicas,
-        rounds: Rounds,
-        gradients: Gradients,
-        sent: Callable[[str, str, str, int], None],
+        self, adapted: Adapted, replicas: Replicas, rounds: Rounds, gradients: Gradients
     ) -> None:
         self.gradients = gradients
         self._adapted = adapted
         self._whole = Whole(adapted)
         self._replicas = replicas
         self._rounds = rounds
-        self._sent = sent
 
     def step(self, keys: Sequence[SampleKey], items: Sequence[Sample], step: int) -> StepResult:
         results = []
@@ -62,11 +58,9 @@ class FedLora:
             loss, targets = self.gradients.of(
                 self._whole, optimiser.parameters.values(), batch, step, device
             )
-            results.append(optimiser.step(loss, targets, step))
+            results.append(StepResult(loss, *optimiser.step(step), targets))
         if self._rounds.ends(step):
-            for device in self._replicas.average():
-                self._sent(device, "server", "adapter", self._replicas.bytes)
-                self._sent("server", device, "adapter", self._replicas.bytes)
+            self._replicas.average()
         self._replicas.leave()
         return StepResult.of(results)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from splitfrozen.methods import two_way
 from splitfrozen.methods.bench import Bench, Built
+from splitfrozen.simulation.schedules import FEDERATED
 
 
 def build(bench: Bench) -> Built:
     """Adapt all blocks, those below the cut on the clients. Raises ModelError, WireError."""
-    return two_way.build(bench, "together", "federated")
+    return two_way.build(bench, "together", FEDERATED)

@@ -33,7 +33,7 @@ class Pooled(Generic[Item]):
         assert len(keys) == len(items)
         parameters = self._optimiser.parameters.values()
         loss, targets = self.gradients.of(self._part, parameters, items, step)
-        return self._optimiser.step(loss, targets, step)
+        return StepResult(loss, *self._optimiser.step(step), targets)
 
     def state(self) -> dict[str, torch.Tensor]:
         return self._optimiser.state()

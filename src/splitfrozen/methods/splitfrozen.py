@@ -29,7 +29,7 @@ def pooled(bench: Bench, adapted: Adapted, steps_per_epoch: int) -> Pooled[Activ
     return Pooled(
         Upper(adapted, bench.config.model.cut),
         adapted,
-        bench.optimiser(adapted, steps_per_epoch),
+        bench.optimiser(adapted.parameters(), steps_per_epoch),
         bench.gradients(),
     )
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from splitfrozen.methods import two_way
 from splitfrozen.methods.bench import Bench, Built
+from splitfrozen.simulation.schedules import SERVER
 
 
 def build(bench: Bench) -> Built:
     """Adapt all blocks, those below the cut on the devices. Raises ModelError, WireError."""
-    return two_way.build(bench, bench.config.method.server, "server")
+    return two_way.build(bench, bench.config.method.server, SERVER)

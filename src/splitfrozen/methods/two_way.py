@@ -13,7 +13,8 @@ Each side clips and steps by its own gradient: neither sees the other's norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ import torch
 from splitfrozen.errors import WireError
 from splitfrozen.methods.bench import Bench, Built, Rounds, by_device
 from splitfrozen.methods.parts import Adapted, Lower, Upper
-from splitfrozen.methods.replicas import Replicas
+from splitfrozen.methods.replicas import Replicas, Sent
 from splitfrozen.model import adapters
 from splitfrozen.records import (
     Activation,
@@ -37,6 +38,7 @@ from splitfrozen.records import (
     Sample,
     SampleKey,
 )
+from splitfrozen.simulation.schedules import SERVER
 from splitfrozen.training.batching import pad, split
 from splitfrozen.training.optimise import Gradients, Optimiser, StepResult
 from splitfrozen.training.orders import DeviceOrder
@@ -52,46 +54,53 @@ _NO_FRONT = "0" * 64
 """A front that trains has no hash to be known by."""
 
 
-def build(bench: Bench, serving: Serving, averages: Literal["server", "federated"]) -> Built:
+def build(bench: Bench, serving: Serving, hub: str) -> Built:
     """Adapt all blocks, those below the cut on the devices. Raises ModelError, WireError.
 
     Args:
         serving: how the server trains.
-        averages: the party to which devices send their adapters.
+        hub: the party that averages the devices' adapters.
     """
-    config = bench.config
+    config, devices = bench.config, bench.samples.devices
     adapted = bench.adapt(0)
     order = DeviceOrder(bench.samples, config.run.seed, config.train.batch_size)
-    steps = order.steps_per_epoch * config.train.epochs
-    below = adapters.below(adapted.sliced, adapted.parameters(), config.model.cut)
-    devices = bench.samples.devices
-    lower = Replicas(adapted.model, below, devices, config.train, steps)
-    gradients = bench.gradients()
-    server = _Server(bench, adapted, gradients, serving, steps)
-    rounds = Rounds.of(config, order.steps_per_epoch)
-    method = TwoWay(bench, adapted, lower, server, rounds, averages)
-    return Built(method, adapted, order, order.steps_per_epoch, rounds, "samples")
+    steps = order.steps_per_epoch
+    parameters = adapted.parameters()
+    below = adapters.below(adapted.sliced, parameters, config.model.cut)
+
+    def optimise(chosen: Mapping[str, torch.nn.Parameter]) -> Optimiser:
+        return bench.optimiser(chosen, steps)
+
+    above = {name: value for name, value in parameters.items() if name not in below}
+    trained = (
+        Replicas(adapted.model, list(above), devices, optimise, SERVER)
+        if serving == "per_device"
+        else optimise(above)
+    )
+    server = _Server(
+        Upper(adapted, config.model.cut),
+        trained,
+        bench.gradients(),
+        codec(config.method.gradients),
+        together=serving == "together",
+    )
+    lower = Replicas(adapted.model, below, devices, optimise, hub, bench.sent)
+    rounds = Rounds.of(config, steps)
+    method = TwoWay(bench, adapted, lower, server, rounds)
+    return Built(method, adapted, order, steps, rounds, "samples")
 
 
 class TwoWay:
     """As `training.loop.Method` over samples."""
 
     def __init__(
-        self,
-        bench: Bench,
-        adapted: Adapted,
-        lower: Replicas,
-        server: _Server,
-        rounds: Rounds,
-        averages: str,
+        self, bench: Bench, adapted: Adapted, lower: Replicas, server: _Server, rounds: Rounds
     ) -> None:
         self.gradients = server.gradients
         self._adapted = adapted
         self._lower = lower
         self._server = server
         self._rounds = rounds
-        self._averages = averages
-        self._sent = bench.sent
         config = bench.config
         part = Lower(adapted, config.model.cut)
         run_codec = codec(config.wire.name)
@@ -116,18 +125,23 @@ class TwoWay:
     def step(self, keys: Sequence[SampleKey], items: Sequence[Sample], step: int) -> StepResult:
         batches = by_device(keys, items)
         self._server.expect(batches)
-        # A device's forward pass does not depend on what the server makes of the others', so it
-        # changes nothing that all of them send before the first goes on.
-        for device, batch in batches.items():
-            self._lower.enter(device, len(batch))
-            self._devices[device].forward(batch, step)
-        for device in batches:
-            self._devices[device].backward(self._lower.enter(device, 0), step)
-        self._lower.leave()
+        norms = []
+        # A device keeps the graph of its batch until its gradient has come back, so that where the
+        # server does not wait for all, one graph is alive at a time.
+        for group in [list(batches)] if self._server.together else [[one] for one in batches]:
+            for device in group:
+                self._lower.enter(device, len(batches[device]))
+                self._devices[device].forward(batches[device], step)
+            for device in group:
+                optimiser = self._lower.enter(device, 0)
+                norms.append(self._devices[device].backward(optimiser, step))
         if self._rounds.ends(step):
-            self._average()
+            self._lower.average()
+            self._server.average()
+        self._lower.leave()
         self._server.leave()
-        return StepResult.of(self._server.results)
+        result = StepResult.of(self._server.results)
+        return replace(result, grad_norm=max(result.grad_norm, *norms))
 
     def state(self) -> dict[str, torch.Tensor]:
         return {
@@ -149,36 +163,30 @@ class TwoWay:
         """Write the adapter of both sides: the averages of the last round."""
         self._adapted.save(folder)
 
-    def _average(self) -> None:
-        for device in self._lower.average():
-            self._sent(device, self._averages, "adapter", self._lower.bytes)
-            self._sent(self._averages, device, "adapter", self._lower.bytes)
-        self._server.average()
-
 
 class _Server:
     """The server's part: blocks[n:L] and the head.
 
     Attributes:
         gradients: how they are computed.
+        together: it trains when all that are expected have sent.
         results: of the optimiser steps since `expect`.
     """
 
     def __init__(
-        self, bench: Bench, adapted: Adapted, gradients: Gradients, serving: Serving, steps: int
+        self,
+        upper: Upper,
+        trained: Optimiser | Replicas,
+        gradients: Gradients,
+        gradient_codec: Codec,
+        *,
+        together: bool,
     ) -> None:
-        config = bench.config
         self.gradients = gradients
-        self._upper = Upper(adapted, config.model.cut)
-        self._serving = serving
-        self._codec = codec(config.method.gradients)
-        below = adapters.below(adapted.sliced, adapted.parameters(), config.model.cut)
-        above = {name: p for name, p in adapted.parameters().items() if name not in below}
-        self._trained: Optimiser | Replicas = (
-            Replicas(adapted.model, list(above), bench.samples.devices, config.train, steps)
-            if serving == "per_device"
-            else Optimiser(above, config.train, steps)
-        )
+        self.together = together
+        self._upper = upper
+        self._trained = trained
+        self._codec = gradient_codec
         self._waiting: dict[str, tuple[Origin, int, list[Activation]]] = {}
         self._expected: set[str] = set()
         self.results: list[StepResult] = []
@@ -197,7 +205,7 @@ class _Server:
             header.run, device, header.front, header.depth, header.width, self._codec.name
         )
         self._waiting[device] = origin, header.index, items
-        if self._serving != "together":
+        if not self.together:
             self._train([device])
         elif self._waiting.keys() == self._expected:
             self._train(sorted(self._waiting))
@@ -228,7 +236,7 @@ class _Server:
         arrived = {device: self._waiting.pop(device) for device in devices}
         items = [item for _, _, own in arrived.values() for item in own]
         step = next(index for _, index, _ in arrived.values())
-        who = devices if self._serving != "together" else ()
+        who = () if self.together else devices
         optimiser = (
             self._trained.enter(devices[0], len(items))
             if isinstance(self._trained, Replicas)
@@ -238,7 +246,7 @@ class _Server:
         loss, targets = self.gradients.of(
             caught, optimiser.parameters.values(), items, step, "server", *who
         )
-        self.results.append(optimiser.step(loss, targets, step))
+        self.results.append(StepResult(loss, *optimiser.step(step), targets))
         for device, (origin, index, own) in arrived.items():
             encoded = [
                 EncodedSample(
@@ -279,9 +287,7 @@ class _Caught:
 class _Line:
     """A device's way to a server in the same process, as `records.Exchange`."""
 
-    def __init__(
-        self, server: _Server, device: str, sent: Callable[[str, str, str, int], None]
-    ) -> None:
+    def __init__(self, server: _Server, device: str, sent: Sent) -> None:
         self._server = server
         self._device = device
         self._sent = sent
@@ -317,7 +323,7 @@ class _Device:
         lengths = [self._part.length(sample) for sample in batch]
         self._passes = []
         encoded: dict[int, EncodedSample] = {}
-        with self._gradients.drawing(step, self._origin.device):
+        with self._gradients.whole(step), self._gradients.drawing(step, self._origin.device):
             for group in split(lengths, self._gradients.micro_tokens):
                 members = [batch[i] for i in group]
                 with self._gradients.autocast():
@@ -331,8 +337,8 @@ class _Device:
         chunk = pack(self._origin, step, [encoded[sample.id] for sample in batch])
         self._line.put(chunk)
 
-    def backward(self, optimiser: Optimiser, step: int) -> None:
-        """Take the reply to chunk `step` and do the device's own step.
+    def backward(self, optimiser: Optimiser, step: int) -> float:
+        """Take the reply to chunk `step` and do the device's own step; returns the gradient's norm.
 
         The server keeps the loss to itself, and has found it finite.
         """
@@ -340,12 +346,13 @@ class _Device:
         found = {one.sample: one.hidden for one in gradients}
         for parameter in optimiser.parameters.values():
             parameter.grad = None
-        for members, hidden in self._passes:
-            _refuse_others(members, found)
-            gradient = torch.from_numpy(pad([found[sample.id] for sample in members]))
-            hidden.backward(gradient.to(hidden.device))  # type: ignore[no-untyped-call]
+        with self._gradients.whole(step):
+            for members, hidden in self._passes:
+                _refuse_others(members, found)
+                gradient = torch.from_numpy(pad([found[sample.id] for sample in members]))
+                hidden.backward(gradient.to(hidden.device))  # type: ignore[no-untyped-call]
         self._passes = []
-        optimiser.step(0.0, 0, step)
+        return optimiser.step(step)[0]
 
 
 def _refuse_others(members: Sequence[Sample], found: dict[int, Floats]) -> None:

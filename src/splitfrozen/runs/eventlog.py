@@ -1,4 +1,4 @@
-"""events.jsonl: what a training made devices, links and server do, for `splitfrozen simulate`.
+"""events.jsonl: what a training made devices, links and server do, for `splitfrozen replay`.
 
 Who computes what and waits for whom follows from the method (simulation/schedules.py) and from the
 samples of each step; bytes are those that were really made.
@@ -9,20 +9,33 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import get_args
+from typing import cast, get_args
 
 import msgspec
+from msgspec import Struct
 
 from splitfrozen.disk import explained
 from splitfrozen.methods.bench import Built
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.model.costs import Tokens
+from splitfrozen.records import Sample
 from splitfrozen.runs.devices import LocalDevice
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.simulation.schedules import AHEAD, Phase, Setting, Share, Step, Wire, events
+from splitfrozen.simulation.schedules import (
+    AHEAD,
+    FEDERATED,
+    SERVER,
+    Phase,
+    Setting,
+    Share,
+    Step,
+    Wire,
+    events,
+)
+from splitfrozen.training.optimise import targets_of
 
 Measured = Mapping[tuple[Phase, str, int], float]
-"""Bytes by phase, device and step. Adapters go as they are in memory and need no measuring."""
+"""Bytes by phase, device and step; an adapter is as large on its way up as down."""
 
 
 def write_events(
@@ -73,24 +86,57 @@ def _steps(run: RunFolder, built: Built, devices: Sequence[LocalDevice]) -> Iter
             keys = built.order.batch(epoch, index)
             if not keys:
                 break
-            lengths: dict[str, list[int]] = defaultdict(list)
+            batches: dict[str, list[Sample]] = defaultdict(list)
             for key in sorted(keys):
-                lengths[key.device].append(samples[key.device][key.sample].length)
-            shares = tuple(Share(device, Tokens.of(each)) for device, each in lengths.items())
+                batches[key.device].append(samples[key.device][key.sample])
+            shares = tuple(_share(device, batch) for device, batch in batches.items())
             ends_round = built.rounds is not None and built.rounds.ends(number)
             yield Step(number, shares, ends_round, stored=once and epoch > 0)
             number += 1
 
 
-def _in_steps(run: RunFolder) -> Measured:
-    """What was counted while training; of a step that was done twice the last counts."""
-    measured: dict[tuple[Phase, str, int], float] = {}
+Sent = tuple[str, str, str, int]
+"""Source, target, phase and bytes."""
+
+
+class _Counted(Struct):
+    """What is read of a step's event."""
+
+    step: int
+    sent: list[Sent] = []
+
+
+def sent_in_steps(run: RunFolder) -> dict[int, list[Sent]]:
+    """What was sent in each step, by its number as reported, from 1.
+
+    Of a step that was done twice the last counts; a damaged event is left out.
+    """
+    found = {}
     for event in run.events("step"):
-        for source, target, phase, size in event.get("sent", []):
+        try:
+            counted = msgspec.convert(event, _Counted)
+        except msgspec.ValidationError:
+            continue
+        found[counted.step] = counted.sent
+    return found
+
+
+def _share(device: str, batch: Sequence[Sample]) -> Share:
+    load = Tokens.of([sample.length for sample in batch])
+    if all(len(sample.targets) == 1 for sample in batch):
+        return Share(device, load)
+    return Share(device, load, Tokens(load.samples, targets_of(batch), 0.0))
+
+
+def _in_steps(run: RunFolder) -> Measured:
+    """What was counted while training."""
+    measured: dict[tuple[Phase, str, int], float] = {}
+    for step, sent in sent_in_steps(run).items():
+        for source, target, phase, size in sent:
             if phase in get_args(Phase):
-                device = target if source == "server" else source
+                device = target if source in (SERVER, FEDERATED) else source
                 # A step's event comes when it is done, so it is counted from 1.
-                measured[phase, device, event["step"] - 1] = size
+                measured[cast("Phase", phase), device, step - 1] = size
     return measured
 
 

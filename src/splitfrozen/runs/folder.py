@@ -98,7 +98,7 @@ class RunFolder:
         [server] may differ, and so may the folders of `model.name` and `task.eval`, as projects
         are moved. For as long as no device has enrolled the rest may too, so that who misspelt a
         model or a path starts the same run again: it is prepared anew. But not the number of join
-        strings, which were given out.
+        strings, once they were given out.
 
         Raises ConfigError that names the keys which differ.
         """
@@ -124,7 +124,8 @@ class RunFolder:
             ) from error
         folder = cls(root)
         changed = _differences(folder.config, wanted)
-        if "devices.count" in changed or (changed and folder._enrolled()):
+        slots = folder._slots() if changed else []
+        if ("devices.count" in changed and slots) or any(slots):
             raise ConfigError(
                 f"{root} holds a run that was started otherwise",
                 got=f"another {', '.join(changed)}",
@@ -141,12 +142,13 @@ class RunFolder:
     def _idle(self) -> bool:
         return self.holder("serve") is None and self.holder("worker") is None
 
-    def _enrolled(self) -> bool:
-        """Whether any device works with what it was told."""
+    def _slots(self) -> list[bool]:
+        """For each join string that was given out, whether its device works with what it was
+        told."""
         if not (self.root / "registry.sqlite").exists():
-            return False
+            return []
         with closing(Registry(self.root)) as registry:
-            return any(row.enrolled_at is not None for row in registry.devices())
+            return [row.enrolled_at is not None for row in registry.devices()]
 
     def _forget_preparation(self) -> None:
         """Delete what was made of another config. What is in `files` is named by its content."""
@@ -221,14 +223,14 @@ class RunFolder:
         return self._made_again("prepared.json", Prepared)
 
     def _made_again(self, name: str, kind: type[_StructT]) -> _StructT | None:
-        """Read a file that `serve` makes where it is missing."""
+        """Read a file that `serve` and `train` make where it is missing."""
         path = self.root / name
         try:
             return msgspec.json.decode(path.read_bytes(), type=kind)
         except FileNotFoundError:
             return None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            remedy = f"delete it and run: splitfrozen serve {self.root}; it is made again"
+            remedy = "delete it and give the same command again; it is made again"
             raise _damaged(path, str(error), remedy) from error
 
     def write_prepared(self, prepared: Prepared) -> None:

@@ -116,7 +116,7 @@ def _table(shares: Sequence[Share], labels: Sequence[str]) -> str:
     named = any(share.name for share in shares)
     few = len(labels) <= SHOWN_CLASSES
     header = ["device", *(["name"] if named else []), "samples", "tokens"]
-    header += labels if few else ["classes"]
+    header += map(summary.printable, labels) if few else ["classes"]
     rows = []
     for share in shares:
         counts = list(share.classes.values())

@@ -162,7 +162,7 @@ def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer |
             f"the tokenizer {path} cannot be opened",
             got=str(error)[:300],
             allowed="the file as it was prepared",
-            remedy=f"delete {run.root / 'prepared.json'} and run: splitfrozen serve {run.root}",
+            remedy=f"delete {run.root / 'prepared.json'} and give the same command again",
         ) from error
 
 

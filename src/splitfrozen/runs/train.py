@@ -37,7 +37,7 @@ from splitfrozen.records import PROTOCOL, Announcement, Enrolment, Outcome, Prep
 from splitfrozen.runs import evaluation, summary
 from splitfrozen.runs.attendance import write_roster
 from splitfrozen.runs.devices import LocalDevice, Recomputed, TorchFront, send_all
-from splitfrozen.runs.eventlog import write_events
+from splitfrozen.runs.eventlog import sent_in_steps, write_events
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.prepare import load_sliced, open_tokenizer, prepare, to_fastest
 from splitfrozen.runs.reporter import Reporter, shown
@@ -343,9 +343,7 @@ def _outcome(run: RunFolder, registry: Registry, store: Store, seconds: float) -
 def _bytes(run: RunFolder, registry: Registry) -> dict[str, int]:
     """Bytes that crossed the network, by what they were."""
     total: Counter[str] = Counter()
-    # A resumed run reports some steps twice; the last one counts.
-    steps = {event.get("step"): event.get("sent", []) for event in run.events("step")}
-    for sent in steps.values():
+    for sent in sent_in_steps(run).values():
         for _, _, phase, size in sent:
             total[phase] += size
     for row in registry.devices():

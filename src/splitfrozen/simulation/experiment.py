@@ -43,6 +43,9 @@ SHAPES: dict[str, Callable[[], ModelShape]] = {
     "vit-base": costs.vit_base,
 }
 
+MOST_SHARES = 10**8
+"""Devices times steps of a simulation: each is some events, which are held in memory."""
+
 Part = Annotated[float, Meta(gt=0, le=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 _Group = TypeVar("_Group", bound="MachineGroup")
@@ -185,6 +188,20 @@ class Experiment(Spec, frozen=True):
         _refuse_twice("model.ranks", self.model.ranks)
         _refuse_twice("devices.name", [group.name for group in self.devices])
         _refuse_twice("datasets.name", [dataset.name for dataset in self.datasets])
+        self._refuse_endless()
+
+    def _refuse_endless(self) -> None:
+        devices = sum(group.count for group in self.devices)
+        epochs = max(self.train.epochs, self.train.reuse_epochs)
+        for number, dataset in enumerate(self.datasets):
+            shares = -(-dataset.samples // self.train.batch_size) * epochs * devices
+            if shares > MOST_SHARES:
+                raise ConfigError(
+                    f"`datasets[{number}]` takes too many steps",
+                    got=f"{shares:.2g}, those of {devices} devices together",
+                    allowed=f"at most {MOST_SHARES:.0e}",
+                    remedy="simulate a part of its samples; time grows in proportion to them",
+                )
 
     @property
     def shape(self) -> ModelShape:

@@ -78,7 +78,9 @@ def draw(timeline: Timeline, path: Path, name: str = "timeline") -> None:
     axes.set_title(title, parse_math=False, loc="left", fontsize=11)
     keys = [Patch(color=colours[phase], label=phase) for phase in colours if phase in shown]
     if keys:
-        figure.legend(handles=keys, loc="outside lower center", ncols=8, frameon=False)
+        legend = figure.legend(handles=keys, loc="outside lower center", ncols=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     with explained(path):
         figure.savefig(path, dpi=120)
 

@@ -33,7 +33,7 @@ from splitfrozen.records import Compute, Event, Send
 from splitfrozen.simulation.pipeline import MicroBatch, Schedule, stage_events
 from splitfrozen.simulation.work import Counting, Passes, Work
 
-Phase = Literal["activations", "gradients"]
+Phase = Literal["activations", "gradients", "adapter"]
 
 SERVER = "server"
 FEDERATED = "federated"
@@ -47,10 +47,21 @@ because who runs ahead keeps activations in memory that nobody has used."""
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one device contributes to a step."""
+    """What one device contributes to a step.
+
+    Attributes:
+        device: its id.
+        load: its batch.
+        predicted: what of it reaches the head, where that is less: the tokens with a loss.
+    """
 
     device: str
     load: Tokens
+    predicted: Tokens | None = None
+
+    @property
+    def head(self) -> Tokens:
+        return self.load if self.predicted is None else self.predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +102,12 @@ class Wire:
         """Bytes of so many values from or to a device."""
         if self.measured and (phase, device, step) in self.measured:
             return self.measured[phase, device, step]
-        return values * (self.activations if phase == "activations" else self.gradients)
+        a_value = {
+            "activations": self.activations,
+            "gradients": self.gradients,
+            "adapter": self.adapters,
+        }
+        return values * a_value[phase]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +195,28 @@ class _Training:
         self.work = setting.work()
         self._latest: dict[str, int] = {}
         self._round: dict[str, None] = {}
+        self._current: set[str] = set()
+        """Devices that have the last average."""
+        self._averaged: tuple[str, int, int] | None = None
+        """Of the last average: who has it, its event, its parameters."""
 
-    def compute(self, device: str, phase: str, step: int, flops: float) -> Compute:
-        """The device's next work, after what it did or got last."""
-        last = self._latest.get(device)
-        event = self.log.compute(device, phase, step, flops, () if last is None else (last,))
+    def compute(self, device: str, phase: str, step: int, flops: float) -> Iterator[Event]:
+        """The device's next work, after what it did or got last.
+
+        One that was not there when the round ended gets the average before it goes on.
+        """
+        after: tuple[int, ...] = (self._latest[device],) if device in self._latest else ()
+        if self._averaged is not None and device not in self._current:
+            hub, average, parameters = self._averaged
+            size = self.at.wire.size("adapter", device, step, parameters)
+            down = self.log.send((hub, device), ("adapter", step), size, average)
+            self._current.add(device)
+            after = (*after, down.id)
+            yield down
+        event = self.log.compute(device, phase, step, flops, after)
         self._latest[device] = event.id
         self._round[device] = None
-        return event
+        yield event
 
     def up(self, share: Share, step: int) -> Send:
         """A device's activations, after what it did last."""
@@ -206,16 +236,17 @@ class _Training:
 
     def first(self, load: Tokens) -> Passes:
         """Of the blocks that a device trains."""
-        return self.work.passes(self.at.cut, load, first=True, last=False)
+        return self.work.passes(self.at.cut, load, first=True, head=None)
 
     def average(self, step: int, parameters: int, hub: str, copies: int = 0) -> Iterator[Event]:
         """End of a round: the devices' `parameters` go to `hub`, are averaged and come back.
 
         `copies`: parameters that the server holds for each device and averages, too.
         """
-        log, size = self.log, parameters * self.at.wire.adapters
+        log, wire = self.log, self.at.wire
         arrived = []
         for device in self._round:
+            size = wire.size("adapter", device, step, parameters)
             up = log.send((device, hub), ("adapter", step), size, self._latest[device])
             arrived.append(up.id)
             yield up
@@ -223,22 +254,27 @@ class _Training:
         average = log.compute(hub, "average", step, flops, tuple(arrived))
         yield average
         for device in self._round:
+            size = wire.size("adapter", device, step, parameters)
             down = log.send((hub, device), ("adapter", step), size, average.id)
             self._latest[device] = down.id
             yield down
+        self._averaged = hub, average.id, parameters
+        self._current = set(self._round)
         self._round.clear()
 
 
-def _total(shares: Sequence[Share]) -> Tokens:
-    return sum((share.load for share in shares), NOTHING)
+def _total(shares: Sequence[Share]) -> tuple[Tokens, Tokens]:
+    """What all send, and what of it reaches the head."""
+    loads = sum((share.load for share in shares), NOTHING)
+    return loads, sum((share.head for share in shares), NOTHING)
 
 
 def _centralized(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     log, work = _Log(), setting.work()
     before: tuple[int, ...] = ()
     for step in steps:
-        load = _total(step.shares)
-        passes = work.passes(setting.shape.blocks, load, first=True, last=True)
+        load, head = _total(step.shares)
+        passes = work.passes(setting.shape.blocks, load, first=True, head=head)
         before = yield from _train(log, setting.stages, passes, step.number, (), before)
 
 
@@ -278,9 +314,9 @@ def _fedlora(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     adapter = training.work.adapter(blocks, last=True)
     for step in steps:
         for share in step.shares:
-            passes = training.work.passes(blocks, share.load, first=True, last=True)
+            passes = training.work.passes(blocks, share.load, first=True, head=share.head)
             flops = passes.forward + passes.b + passes.w
-            yield training.compute(share.device, "local", step.number, flops)
+            yield from training.compute(share.device, "local", step.number, flops)
         if step.ends_round:
             yield from training.average(step.number, adapter, SERVER)
 
@@ -295,7 +331,7 @@ def _splitlora(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     for step in steps:
         arrived = yield from _send_up(training, step)
         for share, up in zip(step.shares, arrived, strict=True):
-            done = yield from _train_above(training, share.load, step.number, (up, *before))
+            done = yield from _train_above(training, [share], step.number, (up, *before))
             before = (done,)
             yield from _send_back(training, share, step.number, done)
         if step.ends_round:
@@ -309,7 +345,7 @@ def _sft(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     for step in steps:
         arrived = yield from _send_up(training, step)
         for share, up in zip(step.shares, arrived, strict=True):
-            done = yield from _train_above(training, share.load, step.number, (up,))
+            done = yield from _train_above(training, [share], step.number, (up,))
             yield from _send_back(training, share, step.number, done)
         if step.ends_round:
             yield from training.average(step.number, adapter, SERVER, copies)
@@ -322,7 +358,7 @@ def _fedsllm(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     for step in steps:
         arrived = yield from _send_up(training, step)
         ready = (*arrived, *before)
-        done = yield from _train_above(training, _total(step.shares), step.number, ready)
+        done = yield from _train_above(training, step.shares, step.number, ready)
         before = (done,)
         for share in step.shares:
             yield from _send_back(training, share, step.number, done)
@@ -335,7 +371,7 @@ def _send_up(training: _Training, step: Step) -> Generator[Event, None, tuple[in
     arrived = []
     for share in step.shares:
         flops = training.first(share.load).forward
-        yield training.compute(share.device, "forward", step.number, flops)
+        yield from training.compute(share.device, "forward", step.number, flops)
         up = training.up(share, step.number)
         arrived.append(up.id)
         yield up
@@ -343,11 +379,12 @@ def _send_up(training: _Training, step: Step) -> Generator[Event, None, tuple[in
 
 
 def _train_above(
-    training: _Training, load: Tokens, step: int, after: tuple[int, ...]
+    training: _Training, shares: Sequence[Share], step: int, after: tuple[int, ...]
 ) -> Generator[Event, None, int]:
     """Server's forward and backward above the cut; returns the id of the last event."""
     above = training.at.shape.blocks - training.at.cut
-    passes = training.work.passes(above, load, first=False, last=True, sends_back=True)
+    load, head = _total(shares)
+    passes = training.work.passes(above, load, first=False, head=head, sends_back=True)
     forward = training.log.compute(SERVER, "forward", step, passes.forward, after)
     yield forward
     backward = training.log.compute(SERVER, "backward", step, passes.b + passes.w, (forward.id,))
@@ -359,13 +396,14 @@ def _send_back(training: _Training, share: Share, step: int, after: int) -> Iter
     """Gradients to a device, and its backward."""
     yield training.down(share, step, after)
     passes = training.first(share.load)
-    yield training.compute(share.device, "backward", step, passes.b + passes.w)
+    yield from training.compute(share.device, "backward", step, passes.b + passes.w)
 
 
 def _splitfrozen(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
     log, work = _Log(), setting.work()
     above = setting.shape.blocks - setting.cut
     # Last events of the server's latest steps, the oldest first.
+    assert setting.ahead is None or setting.ahead > 0
     window = setting.ahead or 1
     updates: deque[tuple[int, ...]] = deque([()] * window, maxlen=window)
     for step in steps:
@@ -374,7 +412,8 @@ def _splitfrozen(setting: Setting, steps: Iterable[Step]) -> Iterator[Event]:
         if not step.stored:
             room = updates[0] if setting.ahead else ()
             ready = yield from _fronts(setting, log, work, step, room)
-        passes = work.passes(above, _total(step.shares), first=False, last=True)
+        load, head = _total(step.shares)
+        passes = work.passes(above, load, first=False, head=head)
         done = yield from _train(log, setting.stages, passes, step.number, ready, before)
         updates.append(done)
 

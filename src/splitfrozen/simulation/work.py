@@ -53,19 +53,25 @@ class Work:
         return before + self._forward(blocks, load, 0)
 
     def _passes(
-        self, blocks: int, load: Tokens, *, first: bool, last: bool, sends_back: bool = False
+        self,
+        blocks: int,
+        load: Tokens,
+        *,
+        first: bool,
+        head: Tokens | None,
+        sends_back: bool = False,
     ) -> Passes:
-        """`first`, `last`: they are the model's first or last, with what is before or above them.
-        `sends_back`: the gradient of what enters them is wanted."""
+        """`first`: they are the model's first, with what is before them. `head`: they are the last,
+        and this reaches the head. `sends_back`: the gradient of what enters them is wanted."""
         shape = self._shape
         forward = self._forward(blocks, load, self._rank)
         forward += costs.embedding_flops(shape, load) if first else 0.0
-        forward += costs.head_flops(shape, load) if last else 0.0
+        forward += costs.head_flops(shape, head) if head else 0.0
         if self._counting == "paper":
             return Passes(forward, forward, (costs.PAPER_TRAINING - 2) * forward)
         b, w = costs.backward_flops(shape, blocks, load, self._rank, input_gradient=sends_back)
-        if last:
-            head_b, head_w = costs.head_backward_flops(shape, load)
+        if head:
+            head_b, head_w = costs.head_backward_flops(shape, head)
             b, w = b + head_b, w + head_w
         return Passes(forward, b, w)
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from splitfrozen.config import Config
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import SplitFrozenError, StoreError
 from splitfrozen.runs.folder import RunFolder
+from splitfrozen.studies.environment import code
 from splitfrozen.studies.grid import Cell, to_toml
 
 log = logging.getLogger("splitfrozen.compare")
@@ -135,6 +137,8 @@ class Cells:
         self._progress = progress
         self.failures: dict[str, str] = {}
         """What failed, and why: name of the cell -> message."""
+        self.codes: set[str] = set()
+        """Versions of the code that the cells were trained with."""
 
     def finish(self, cells: Sequence[Cell], later: float = 0.0) -> dict[str, Result]:
         """Train those that are not finished, `jobs` at a time.
@@ -189,7 +193,8 @@ class Cells:
         folder = Path(tempfile.mkdtemp(prefix=f"{cell.key}-", dir=self._folder / "running"))
         try:
             result = self._runner(cell, folder)
-            kept = {"cell": str(cell), "result": msgspec.to_builtins(result)}
+            kept = {"cell": str(cell), "code": code(), "result": msgspec.to_builtins(result)}
+            self.codes.add(code())
             write_whole(self._path(cell.key), json.dumps(kept).encode() + b"\n")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -201,9 +206,12 @@ class Cells:
     def _read(self, key: str) -> Result | None:
         """The finished cell, or None; a damaged file is as good as none."""
         try:
-            return msgspec.convert(json.loads(self._path(key).read_bytes())["result"], Result)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            kept = json.loads(self._path(key).read_bytes())
+            result = msgspec.convert(kept["result"], Result)
+            self.codes.add(str(kept.get("code", "unknown")))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
+        return result
 
 
 def size(cell: Cell) -> float:
@@ -244,9 +252,16 @@ def locked(folder: Path) -> Iterator[None]:
                 allowed="one at a time",
                 remedy="wait for it, or set experiment.folder",
             ) from error
-        shutil.rmtree(folder / "running", ignore_errors=True)
-        (folder / "running").mkdir(exist_ok=True)
+        with explained(folder / "running"):
+            (folder / "running").mkdir(exist_ok=True)
+            for left in filter(_is_cell, (folder / "running").iterdir()):
+                shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def _is_cell(path: Path) -> bool:
+    """Whether `Cells` made a folder: what is anybody else's there stays."""
+    return re.fullmatch(r"[0-9a-f]{20}-.*", path.name) is not None
 
 
 class Subprocesses:
@@ -265,8 +280,11 @@ class Subprocesses:
         told = self._call(cell, folder, ["train", str(source)])
         if told.get("error") == DIVERGED:
             return Result(diverged=True)
-        options = ["generate", str(folder / "run"), "--adapter", "last", "--prompt"]
-        answers = [self._call(cell, folder, [*options, prompt]) for prompt in cell.prompts]
+        options = ["generate", str(folder / "run"), "--adapter", "last"]
+        # In one argument: a prompt that begins with a dash is no option.
+        answers = [
+            self._call(cell, folder, [*options, f"--prompt={prompt}"]) for prompt in cell.prompts
+        ]
         return outcome(RunFolder(folder / "run"), told, [one["completion"] for one in answers])
 
     def stop(self) -> None:

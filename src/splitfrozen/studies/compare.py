@@ -8,6 +8,7 @@ rest is reported.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from splitfrozen import rng
 from splitfrozen.config import Config
@@ -53,6 +56,7 @@ def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path |
     experiment = grid.load(source, settings)
     if jobs is not None and jobs < 1:
         raise ConfigError("`--jobs` is wrong", got=jobs, allowed="1 or more", remedy="leave it out")
+    _refuse_no_file(experiment)
     with locked(experiment.folder), _ended_by_sigterm():
         runner = Subprocesses(experiment.folder)
         found = run(experiment, runner, jobs or _cores())
@@ -79,6 +83,12 @@ def run(experiment: Experiment, runner: Runner, jobs: int) -> Findings:
         results = cells.finish(planned)
     finally:
         progress.close()
+    if len(cells.codes) > 1:
+        log.warning(
+            "cells come from %d versions of the code; for one, delete %s",
+            len(cells.codes),
+            experiment.folder,
+        )
     lost = {
         ", ".join(name): "no learning rate that was tried gave a finite loss"
         for name, tuned in rates.items()
@@ -90,6 +100,7 @@ def run(experiment: Experiment, runner: Runner, jobs: int) -> Findings:
         tuned=rates,
         majority={one.name: _majority(experiment, one) for one in experiment.datasets},
         failures=cells.failures | lost,
+        codes=sorted(cells.codes),
     )
 
 
@@ -176,7 +187,8 @@ def _hold_out(experiment: Experiment, dataset: Choice) -> Split:
     tune, made = experiment.tune, _config(experiment, dataset)
     folder = experiment.folder / "tune"
     assert made.data is not None
-    origin = grid.fingerprint(made.data.train)[:12].replace("/", "-")
+    read = [grid.fingerprint(made.data.train), sorted(made.task.columns.items())]
+    origin = hashlib.sha256(msgspec.json.encode(read)).hexdigest()[:12]
     stem = f"{origin}-{tune.seed}-{tune.rows}-{tune.held_out}"
     split = Split(folder / f"{stem}-train.jsonl", folder / f"{stem}-held-out.jsonl")
     if not tune.needed or all(path.exists() for path in split):
@@ -197,6 +209,16 @@ def _hold_out(experiment: Experiment, dataset: Choice) -> Split:
         text = "".join(_line(rows[i], made.data.train) for i in sorted(part))
         write_whole(path, text.encode())
     return split
+
+
+def _refuse_no_file(experiment: Experiment) -> None:
+    """A misspelt path is told before anything is trained. Raises DataError."""
+    for dataset in experiment.datasets:
+        made = _config(experiment, dataset)
+        assert made.data is not None
+        assert made.task.eval is not None
+        for source in (made.data.train, made.task.eval):
+            read_rows(source, {}, lambda _: None)
 
 
 def _config(experiment: Experiment, dataset: Choice) -> Config:

@@ -56,7 +56,7 @@ def replay_on(run: Path, events: Sequence[Event], file: Path, out: Path | None) 
 def _bare(event: Event) -> Event:
     """Without its times, and without the work that is none of a machine's."""
     event = msgspec.structs.replace(event, begin_s=None, end_s=None)
-    if isinstance(event, Compute) and (event.phase == SETUP or "/" in event.who):
+    if isinstance(event, Compute) and event.phase in (SETUP, "encode"):
         return msgspec.structs.replace(event, flops=0.0)
     return event
 

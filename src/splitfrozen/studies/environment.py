@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
+
+import splitfrozen
 
 PACKAGES = ("torch", "transformers", "peft", "onnxruntime", "numpy", "splitfrozen")
 
@@ -38,3 +42,13 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()} ({platform.machine()})"
+
+
+@cache
+def code() -> str:
+    """Hash over the sources that decide what a training comes to."""
+    root, digest = Path(splitfrozen.__file__).parent, hashlib.sha256()
+    packages = ("data", "device", "methods", "model", "training", "wire")
+    for path in sorted(path for name in packages for path in (root / name).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -77,6 +77,7 @@ class Findings:
         tuned: by names of dataset, partition and method.
         majority: by dataset, the accuracy of always naming the most frequent class.
         failures: what failed -> why.
+        codes: versions of the code that cells were trained with.
     """
 
     experiment: Experiment
@@ -84,6 +85,7 @@ class Findings:
     tuned: dict[tuple[str, str, str], Tuned]
     majority: dict[str, float | None]
     failures: dict[str, str]
+    codes: list[str]
 
 
 def report(found: Findings) -> dict[str, object]:
@@ -108,6 +110,7 @@ def report(found: Findings) -> dict[str, object]:
             for t in found.trained
             if (answers := list(t.result.answers))
         ],
+        "codes": found.codes,
         "failures": found.failures
         | {str(t.cell): "the loss was not finite" for t in found.trained if t.result.diverged},
     }

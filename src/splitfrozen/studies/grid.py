@@ -8,9 +8,9 @@
     [model] [task] [devices] ...    as in a run's file (config.py): what all trainings share
 
 A cell is one training. Its config is that of the shared tables, changed by its dataset, partition
-and method in this order, then by rank, seed and learning rate. Its key is a hash of all that
-decides what comes out, contents of files included and their places not, so that what was trained
-once is found again, by another experiment too.
+and method in this order, then by rank, seed and learning rate. Its key is a hash of its config and
+of the contents of its files, their places not, so that what was trained once is found again, by
+another experiment too. It knows the package's version; what the source was is kept with the cell.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class ExperimentSpec(Spec, frozen=True):
     seeds: Annotated[tuple[Natural, ...], Meta(min_length=1)] = (0,)
     folder: str | None = None
     prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, texts in (("folder", (self.folder or "",)), ("prompts", self.prompts)):
+            if any("\0" in text for text in texts):
+                raise _bad(f"experiment.{key}", "a NUL character", "text without it", "mend it")
 
 
 class TuneSpec(Spec, frozen=True):
@@ -261,7 +266,8 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
     for text in settings:
         section, key, value = _setting(text)
         target = table if section in ("experiment", "tune") else changes
-        target.setdefault(section, {})[key] = value
+        if isinstance(target.setdefault(section, {}), dict):  # Else it is refused below.
+            target[section][key] = value
     experiment = Experiment(
         path=path.resolve(),
         spec=_convert(table.get("experiment", {}), ExperimentSpec, "[experiment]"),
@@ -317,10 +323,12 @@ def _setting(text: str) -> tuple[str, str, Any]:
             remedy="write, for example, --set model.name=PATH",
         )
     if name.strip() in FILES:
-        return section, key, str(Path(value).resolve()) if Path(value).exists() else value
+        # An empty path would be the working directory.
+        there = bool(value) and Path(value).exists()
+        return section, key, str(Path(value).resolve()) if there else value
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # No TOML: a text.
         return section, key, value
 
 
@@ -378,10 +386,13 @@ def to_toml(made: Config) -> str:
 def _pairs(values: Table) -> list[str]:
     """JSON of texts, numbers, truths and lists is TOML; what is None is left out."""
     return [
-        f"{msgspec.json.encode(key).decode()} = {msgspec.json.encode(value).decode()}"
-        for key, value in values.items()
-        if value is not None
+        f"{_quoted(key)} = {_quoted(value)}" for key, value in values.items() if value is not None
     ]
+
+
+def _quoted(value: object) -> str:
+    # DEL is the one character that JSON has as it is and TOML has not.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
 
 
 def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:

@@ -57,7 +57,8 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
             }
             methods = [m for m in result["labels"] if any(m == method for _, method in own)]
             _draw_panel(panel, own, partitions, methods)
-            panel.set_yticks(range(len(methods)), [result["labels"][m] for m in methods])
+            names = [result["labels"][m] for m in methods]
+            panel.set_yticks(range(len(methods)), names, parse_math=False)
             panel.set_title(f"{dataset}, rank {rank}", parse_math=False, fontsize=10)
             majority = (result.get("majority") or {}).get(dataset)
             if majority is not None:
@@ -68,9 +69,11 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
         label: handle
         for handle, label in zip(*panels[0][0].get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
+    legend = figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)
 
 
@@ -128,7 +131,7 @@ def _draw_gains(gained: Sequence[Mapping[str, Any]], path: Path) -> None:
             bars = panel.bar(xs, heights, thick * 0.92, color=COLOURS[i], label=f"rank {rank}")
             panel.bar_label(bars, fmt="%+.1f", fontsize=8, padding=2)
         panel.axhline(0, color="0.3", linewidth=0.8)
-        panel.set_xticks(range(len(partitions)), partitions)
+        panel.set_xticks(range(len(partitions)), partitions, parse_math=False)
         panel.set_title(dataset, parse_math=False, fontsize=10)
         panel.margins(y=0.15)
         panel.grid(axis="y", alpha=0.25)

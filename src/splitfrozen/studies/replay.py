@@ -148,7 +148,8 @@ def simulate(events: Sequence[Event], speeds: Speeds) -> Timeline:
 
 
 def _seconds(event: Compute, speeds: Speeds) -> float:
-    return event.flops / speeds.flops[event.who, event.phase] if event.flops else 0.0
+    speed = speeds.flops[event.who, event.phase]
+    return event.flops / speed if speed else 0.0
 
 
 def _link(carried: Sequence[tuple[float, float]]) -> Link:
@@ -327,7 +328,8 @@ def _draw(real: Timeline, again: Timeline, path: Path) -> None:
             axes.broken_barh(bars, (top, 0.4), facecolors=colours)
     for found, style in ((real, "-"), (again, "--")):
         axes.axvline(found.makespan, color="0.3", linestyle=style, linewidth=0.9)
-    axes.set_yticks(range(len(shown)), [real.lanes[lane].name for lane in shown])
+    # A name is no formula, whatever dollars are in it.
+    axes.set_yticks(range(len(shown)), [real.lanes[i].name for i in shown], parse_math=False)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, 1.02 * max(real.makespan, again.makespan))
     axes.set_title(
@@ -336,7 +338,9 @@ def _draw(real: Timeline, again: Timeline, path: Path) -> None:
     )
     phases = [phase for phase in real.phases if phase != "encode"]
     patches = [Patch(color=_colour(phase), label=phase) for phase in phases]
-    figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
+    legend = figure.legend(handles=patches, loc="outside lower center", ncols=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     with explained(path):
         figure.savefig(path, dpi=120)
 

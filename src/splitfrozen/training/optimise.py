@@ -89,7 +89,7 @@ class StepResult:
 
 
 class NotFiniteError(SplitFrozenError):
-    """The loss or its gradient is not a number; the parameters were left as they were."""
+    """The loss or its gradient is not a number, and was not used."""
 
     def naming(self, samples: Sequence[str]) -> NotFiniteError:
         """Return the same error, with the samples of the batch in it."""
@@ -139,28 +139,23 @@ class Optimiser:
             self.parameters.values(), lr=spec.lr, weight_decay=spec.weight_decay
         )
 
-    def step(self, loss: float, targets: int, step: int) -> StepResult:
+    def step(self, step: int) -> tuple[float, float]:
         """Do step number `step`, counted from 0, along the gradients that the parameters have.
 
-        Args:
-            loss: that they are of: a mean over `targets`.
+        Returns:
+            The norm of all gradients together, before clipping, and the learning rate.
 
         Raises:
-            NotFiniteError: the loss or a gradient is; the parameters were not touched.
+            NotFiniteError: a gradient is not; the parameters were not touched.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._spec.clip))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise NotFiniteError(
-                f"training has diverged at step {step + 1}",
-                got=f"loss {loss}, gradient norm {norm}",
-                allowed="finite numbers",
-                remedy="lower train.lr; if the first steps fail, look for broken samples",
-            )
+        if not math.isfinite(norm):
+            raise _diverged(step, f"gradient norm {norm}")
         lr = learning_rate(step, self._steps, self._spec)
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
-        return StepResult(loss, norm, lr, targets)
+        return norm, lr
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and moments by name; they belong to the optimiser, so copy or write them."""
@@ -251,6 +246,7 @@ class Gradients:
             The loss, and the number of targets that it is the mean over.
 
         Raises:
+            NotFiniteError: the loss is not.
             SplitFrozenError: memory ran out with the smallest micro-batches too.
         """
         parameters = list(parameters)
@@ -264,7 +260,10 @@ class Gradients:
             losses = self._accumulate(part, micro_batches, step, max(1, targets), who)
             if losses is not None:
                 # Reading a number waits for the GPU, so all are read at once.
-                return float(sum(torch.stack(losses).tolist())), targets
+                loss = float(sum(torch.stack(losses).tolist()))
+                if not math.isfinite(loss):
+                    raise _diverged(step, f"loss {loss}")
+                return loss, targets
             # Out here the exception is gone, and with it the tensors that its frames held.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -292,6 +291,24 @@ class Gradients:
         """Mixed precision, for forward passes."""
         return autocast(self.device, self._dtype)
 
+    @contextmanager
+    def whole(self, step: int) -> Iterator[None]:
+        """For passes whose graphs are all kept, so that smaller micro-batches would not help.
+
+        Raises SplitFrozenError where memory runs out in here.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise SplitFrozenError(
+                f"memory ran out at step {step + 1}",
+                got="the batch of a device",
+                allowed="batches that fit into memory with all that their gradient needs",
+                remedy="lower train.batch_size or task.max_tokens; the run continues",
+            ) from error
+
     def _accumulate(
         self,
         part: Trainable[Item],
@@ -314,6 +331,15 @@ class Gradients:
                 raise
             return None
         return losses
+
+
+def _diverged(step: int, got: str) -> NotFiniteError:
+    return NotFiniteError(
+        f"training has diverged at step {step + 1}",
+        got=got,
+        allowed="finite numbers",
+        remedy="lower train.lr; if the first steps fail, look for broken samples",
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:
