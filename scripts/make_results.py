@@ -61,6 +61,7 @@ def main() -> None:
 def read() -> dict[str, Result]:
     """The result files that have a section, in the order of the sections."""
     paths = {name: RESULTS / f"{name}.json" for name in SECTIONS}
+    paths["table2"] = RESULTS / "table2" / "table2.json"
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -141,12 +142,128 @@ def front(result: Result) -> str:
     )
 
 
+def table2(result: Result) -> str:
+    lines = [
+        [
+            row["dataset"],
+            str(row["rank"]),
+            row["method"],
+            *(
+                f"{row[column]:.1f} ({row['paper'][column]:g})"
+                for column in ("device_tflop", "device_s", "total_s")
+            ),
+        ]
+        for row in result["rows"]
+    ]
+    gained = {
+        "simulated, one epoch": result["reductions"],
+        "the paper's table, averaged in the same way": result["paper_reductions"],
+        **{
+            f"simulated, {result['reuse']['epochs']} epochs, reuse = {reuse}": result["reuse"][
+                "reductions"
+            ][reuse]
+            for reuse in ("never", "once")
+        },
+    }
+    shares = [
+        [name, *(f"{100 * one[key]:.1f} %" for key in ("device_flop", "device_time", "total_time"))]
+        for name, one in gained.items()
+    ]
+    return "\n".join(
+        [
+            "## Table II, simulated",
+            "`splitfrozen simulate experiments/table2.toml --out benchmarks/results/table2`; the",
+            "paper's figures in brackets. What the columns mean, and why the seconds differ, is in",
+            "[simulation.md](simulation.md).",
+            "",
+            _table(["data", "rank", "method", "device TFLOP", "device s", "total s"], lines),
+            "",
+            "SplitFrozen takes less than the mean of FedLoRA and SplitLoRA by:",
+            "",
+            _table(["", "device FLOP", "device time", "total time"], shares),
+            "",
+            "![Six steps, unequal depths](../benchmarks/results/table2/gantt-unequal.png)",
+            "",
+        ]
+    )
+
+
+def replayed(result: Result) -> str:
+    lines = []
+    for run in result["runs"]:
+        real, again, forecast = (run[name] for name in ("measured", "replayed", "forecast"))
+        lines.append(
+            [
+                *(f"{one['makespan_s']:.1f}" for one in (real, again)),
+                f"{100 * run['difference']['makespan']:+.1f} %",
+                f"{100 * run['difference']['bytes']:+.2f} %",
+                f"{forecast['makespan_s']:.1f}",
+            ]
+        )
+    header = ["measured s", "replayed s", "makespan", "bytes", "forecast s"]
+    return "\n".join(
+        [
+            "## A network run, replayed",
+            "The demo's event log, its measured times taken away, replayed with one measured speed",
+            "for each party and phase (`benchmarks/replay.py`).",
+            "",
+            _table(header, lines),
+            "",
+        ]
+    )
+
+
+def simulator(result: Result) -> str:
+    lines = [
+        [
+            f"{row['devices']:,} x {row['steps']:,}",
+            row["links"],
+            f"{row['events']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['cpu_us_per_event']:.1f}",
+            str(row["peak_mib"]),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["devices x steps", "links", "events", "seconds", "CPU µs an event", "peak MiB"]
+    return "\n".join(
+        ["## The simulator", "`benchmarks/simulator.py`.", "", _table(header, lines), ""]
+    )
+
+
+def memory(result: Result) -> str:
+    lines = [
+        [
+            row["model"],
+            row["front"],
+            str(row["depth"]),
+            *(f"{row[key] / 1e6:.0f}" for key in ("measured_bytes", "predicted_bytes")),
+            f"{100 * row['off']:+.1f} %",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["model", "front", "depth", "measured MB", "predicted MB", "off"]
+    return "\n".join(
+        [
+            "## Memory of a device",
+            "Peak of a real device process, and `model.costs` (`benchmarks/memory.py`).",
+            "",
+            _table(header, lines),
+            "",
+        ]
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "accuracy": accuracy,
     "figure3": figure3,
     "table3": table3,
+    "table2": table2,
+    "replay": replayed,
+    "simulator": simulator,
     "mrpc": network,
     "front": front,
+    "memory": memory,
 }
 PLOTTED = {"accuracy", "figure3"}
 

@@ -201,6 +201,9 @@ def test_out_gets_table_plots_and_traces(tmp_path: Path) -> None:
     for row in read:
         trace = json.loads((out / f"trace-{row['method']}.json").read_text())
         assert len(trace["traceEvents"]) > 3
+    kept = json.loads((out / "small.json").read_text())
+    assert kept.pop("environment")["python"]
+    assert kept == json.loads(json.dumps(outcome.data))
     assert all(str(path) in outcome.text for path in out.iterdir())
 
 

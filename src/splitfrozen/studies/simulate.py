@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import logging
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from splitfrozen.config import MethodName
-from splitfrozen.disk import explained
+from splitfrozen.disk import explained, write_whole
 from splitfrozen.records import Compute, Event, Outcome, Send
 from splitfrozen.runs.summary import table
 from splitfrozen.simulation import experiment as experiments
@@ -28,6 +29,7 @@ from splitfrozen.simulation.network import Network, role
 from splitfrozen.simulation.pipeline import Schedule
 from splitfrozen.simulation.schedules import SERVER, Setting, Stages, events
 from splitfrozen.simulation.timeline import Timeline, covered, replay
+from splitfrozen.studies.environment import environment
 
 Reuse = Literal["never", "once"]
 
@@ -120,7 +122,11 @@ def simulate(experiment: Path, out: Path | None) -> Outcome:
         data["stages"], more = _stages(bench)
         text += ["", *more]
     if out is not None:
-        text += ["", *(f"wrote {path}" for path in _write(bench, cells, out))]
+        paths = [*_write(bench, cells, out), out / f"{experiment.stem}.json"]
+        with explained(out):
+            result = {**data, "environment": environment()}
+            write_whole(paths[-1], json.dumps(result, indent=2).encode() + b"\n")
+        text += ["", *(f"wrote {path}" for path in paths)]
     return Outcome(data, "\n".join(text))
 
 
@@ -206,7 +212,7 @@ class _Bench:
             return events(method, setting, experiments.steps(self.spec, dataset, epochs, once=once))
 
         line = replay(forecast(setting), self.network)
-        log.info("%s, rank %d, %s: %d events", dataset.name, rank, method, len(line.events))
+        log.debug("%s, rank %d, %s: %d events", dataset.name, rank, method, len(line.events))
         alone = method == "centralized"
         up, down = _bytes(line)
         return Cell(
