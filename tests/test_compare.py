@@ -633,3 +633,32 @@ def test_experiments_in_the_repository_are_read(path: Path) -> None:
     if path.stem == "accuracy":
         kinds = {experiment.config(group).method.name for group in experiment.groups()}
         assert kinds == set(config.MethodName.__args__)  # type: ignore[attr-defined]
+
+
+def test_a_variant_takes_the_rate_of_what_it_is_a_variant_of(folder: Path) -> None:
+    path = folder / "small.toml"
+    path.write_text(
+        path.read_text().replace("ranks = [8]\n", 'ranks = [8]\nrate_of = "splitfrozen"\n')
+    )
+    fake = Fake()
+    found = ran(grid.load(path), fake)
+    tuned = {cell.method for cell in fake.trained if cell.tuning}
+    assert "splitfrozen" in tuned
+    assert "unshuffled" not in tuned
+    for (dataset, partition, method), rate in found.tuned.items():
+        if method == "unshuffled":
+            assert rate.lr == found.tuned[dataset, partition, "splitfrozen"].lr
+            assert rate.tried == {}
+    assert {one.cell.lr for one in found.trained if one.cell.method == "unshuffled"} == {2e-3}
+
+
+@pytest.mark.parametrize("other", ["unshuffled", "nobody"])
+def test_a_rate_can_only_be_taken_of_a_method_that_is_tuned(folder: Path, other: str) -> None:
+    path = folder / "small.toml"
+    path.write_text(
+        path.read_text().replace("ranks = [8]\n", f'ranks = [8]\nrate_of = "{other}"\n')
+    )
+    with pytest.raises(
+        ConfigError, match=rf"rate_of` is wrong: got '{other}'; allowed: centralized"
+    ):
+        grid.load(path)

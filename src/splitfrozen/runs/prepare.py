@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from splitfrozen.config import Config, TaskConfig
+from splitfrozen.disk import explained
 from splitfrozen.data.tasks import COLUMNS
 from splitfrozen.errors import ConfigError, ModelError, StoreError
 from splitfrozen.model.blocks import SlicedModel, load_model
@@ -184,7 +187,7 @@ def _load_tokenizer(name: str) -> Any:
 
 def _serve_tokenizer(name: str, folder: Path, files: Path) -> FileRef:
     """Save a tokenizer in `folder`, and its fast form in `files` under its content's name."""
-    _load_tokenizer(name).save_pretrained(folder)
+    _save(_load_tokenizer(name), folder)
     source = folder / "tokenizer.json"
     if not source.is_file():
         raise ModelError(
@@ -197,6 +200,19 @@ def _serve_tokenizer(name: str, folder: Path, files: Path) -> FileRef:
     target = files / f"tokenizer-{digest[:16]}.json"
     shutil.copyfile(source, target)
     return FileRef(name=target.name, sha256=digest, bytes=target.stat().st_size)
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files. Raises DiskFullError, StoreError."""
+    with explained(folder):
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            # tokenizers raises nothing narrower, with the system's number in its text.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _depths(config: Config) -> list[int]:

@@ -64,7 +64,7 @@ def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path |
     text = findings.text(found, data)
     if out is not None:
         text += "\n\n" + "\n".join(map(str, write(found, data, out)))
-    return Outcome(data, text, 1 if found.failures else 0)
+    return Outcome(data, text, 1 if data["failures"] else 0)
 
 
 def run(experiment: Experiment, runner: Runner, jobs: int) -> Findings:
@@ -150,8 +150,9 @@ def _tune(
     tune = experiment.tune
     if not tune.needed:
         return {_names(group): Tuned(tune.rates[0], {}) for group in experiment.groups()}
-    searches = [_Search(group, list(tune.rates)) for group in experiment.groups()]
-    final = {c.key: c for s in searches for c in experiment.cells(s.group, tune.rates[0])}
+    groups = experiment.groups()
+    searches = [_Search(one, list(tune.rates)) for one in groups if one.method.rate_of is None]
+    final = {c.key: c for one in groups for c in experiment.cells(one, tune.rates[0])}
     later = sum(size(cell) for cell in final.values())
     for _ in range(1 + tune.extend):
         planned = [
@@ -165,7 +166,12 @@ def _tune(
                 search.tried[lr] = results[cell.key].score
         for search in searches:
             search.todo = [lr for lr in search.beyond(tune.rates) if lr not in search.tried]
-    return {_names(s.group): Tuned(s.best(), dict(sorted(s.tried.items()))) for s in searches}
+    rates = {_names(s.group): Tuned(s.best(), dict(sorted(s.tried.items()))) for s in searches}
+    for one in groups:
+        if one.method.rate_of is not None:
+            dataset, partition, _ = _names(one)
+            rates[_names(one)] = Tuned(rates[dataset, partition, one.method.rate_of].lr, {})
+    return rates
 
 
 def _rounded(rate: float) -> float:

@@ -102,9 +102,11 @@ class Choice(Spec, frozen=True):
 
 
 class MethodChoice(Choice, frozen=True):
-    """`label`: how tables and plots call it. `ranks`: only these of the experiment's."""
+    """`label`: how tables and plots call it. `ranks`: only these of the experiment's. `rate_of`:
+    another method, whose learning rate it takes instead of being tuned: as a variant of it."""
 
     label: str | None = None
+    rate_of: str | None = None
     ranks: tuple[Whole, ...] | None = None
 
     @property
@@ -279,6 +281,11 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
         settings=changes,
         source=source,
     )
+    tuned = [method.name for method in experiment.methods if method.rate_of is None]
+    for method in experiment.methods:
+        if method.rate_of is not None and method.rate_of not in tuned:
+            where = f"[[method]] {method.name}: rate_of"
+            raise _bad(where, repr(method.rate_of), ", ".join(tuned), "name a method that is tuned")
     for group in experiment.groups():
         experiment.config(group)
     return experiment
