@@ -254,7 +254,7 @@ def test_a_setting_of_what_is_no_table_is_refused(folder: Path) -> None:
 
 def test_a_misspelt_path_is_told_before_anything_is_trained(folder: Path) -> None:
     for key in ("data.train", "task.eval"):
-        with pytest.raises(DataError, match="no such data: got none.jsonl"):
+        with pytest.raises(DataError, match=r"no such data: got none\.jsonl"):
             compare.compare(folder / "small.toml", [f"{key}=none.jsonl"], 1, None)
     assert not (folder / "cells").exists()
 
@@ -610,6 +610,18 @@ def test_real_trainings_as_processes(folder: Path, capsys: pytest.CaptureFixture
     assert "no_such_map" in why
     assert len(list((folder / "cells").glob("*.json"))) == 1
     assert len(list((folder / "cells").glob("*.log"))) == 1
+
+
+def test_a_training_that_diverges_is_a_failure(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = demo_experiment(folder)
+    path.write_text(path.read_text().partition("[[method]]\nname = 'broken'")[0])
+    longer = ["--set", "train.epochs=4"]
+    assert cli.main(["compare", str(path), "--json", "--set", "tune.rates=[1e30]", *longer]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] == []
+    assert list(told["failures"].values()) == ["the loss was not finite"]
 
 
 def test_a_stopped_runner_ends_its_processes(folder: Path) -> None:

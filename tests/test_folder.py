@@ -91,6 +91,9 @@ def test_a_run_that_was_never_prepared_may_be_mended(run: RunFolder) -> None:
     assert RunFolder.create(changed(wanted(run.root))).config.model.cut == 2
     assert RunFolder(run.root).config == changed(wanted(run.root))
     more = msgspec.structs.replace(wanted(run.root), devices=DevicesSpec(count=3))
+    assert RunFolder.create(more).config.devices.count == 3, "nobody has a join string yet"
+    RunFolder.create(wanted(run.root))
+    serve(run, enrol=False)
     with pytest.raises(ConfigError, match=r"devices\.count"):
         RunFolder.create(more)
 
@@ -172,7 +175,7 @@ def test_a_damaged_config_is_not_taken_for_another_kind_of_file(run: RunFolder) 
 def test_damaged_files_are_named_with_what_makes_them_again(run: RunFolder, content: bytes) -> None:
     for name, read in (("prepared.json", run.prepared), ("address.json", run.address)):
         (run.root / name).write_bytes(content)
-        match = rf"{name} is damaged: .*delete it and run: splitfrozen serve .*made again"
+        match = rf"{name} is damaged: .*delete it and give the command that began .*made again"
         with pytest.raises(StoreError, match=match):
             read()
 

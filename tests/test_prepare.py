@@ -196,3 +196,11 @@ def test_the_model_goes_where_it_is_computed(models: Path) -> None:
     sliced = load_sliced(configured(models / "gpt2-classification", TEXTS))
     assert sliced.model.device.type == "cpu", "fronts are exported from there"
     assert to_fastest(sliced) == sliced.model.device
+
+
+def test_a_tokenizer_that_cannot_be_written_is_told(models: Path, tmp_path: Path) -> None:
+    config = configured(models / "bert-classification", PAIRS, tmp_path / "run")
+    run = RunFolder.create(config)
+    (run.root / "tokenizer" / "tokenizer.json").mkdir(parents=True)
+    with pytest.raises(StoreError, match="tokenizer cannot be used: got Is a directory"):
+        prepare(run, load_sliced(run.config))

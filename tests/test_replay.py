@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,10 +15,19 @@ import pytest
 from splitfrozen.cli import main
 from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig
 from splitfrozen.errors import RequestError
-from splitfrozen.records import Compute, Event
+from splitfrozen.model.costs import gpt2_small
+from splitfrozen.records import (
+    Announcement,
+    Compute,
+    DeviceProfile,
+    Event,
+    Prepared,
+    TaskSpec,
+)
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.networklog import EventList, Piece
+from splitfrozen.server.registry import Registry
 from splitfrozen.simulation import timeline
 from splitfrozen.simulation.network import Link, Machine, Network
 from splitfrozen.studies.replay import measure, replay, simulate
@@ -178,3 +190,32 @@ def test_work_too_small_to_be_measured_takes_no_time() -> None:
         for event in log_of(bare())
     ]
     assert simulate(events, measure(events)).makespan < timeline.measured(events).makespan
+
+
+HONEST: dict[str, Any] = {"samples": 100, "tokens": 1000, "flops": 1e9, "uplink_bps": 1e6}
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{"samples": 2**62, "tokens": 2**62}, {"uplink_bps": math.inf}, {"flops": 5e-324}],
+    ids=str,
+)
+def test_what_a_device_claims_does_not_keep_a_run_from_being_replayed(
+    run: Path, claim: dict[str, Any]
+) -> None:
+    write(run, log_of(bare()))
+    folder = RunFolder(run)
+    folder.report({"event": "shape", "shape": msgspec.to_builtins(gpt2_small())})
+    task = TaskSpec(kind="classification", columns={}, labels=("a", "b"), max_tokens=16)
+    folder.write_prepared(Prepared(task, None, (), 12, 768, 0, "0" * 64))
+    with closing(Registry(run)) as registry:
+        registry.ensure_slots(2)
+        for device, said in (("device-00", HONEST), ("device-01", HONEST | claim)):
+            registry.announce(device, Announcement(said["samples"], said["tokens"], 0, "0" * 64))
+            registry.profile(device, DeviceProfile(said["flops"], 1, said["uplink_bps"], 1, ""))
+        registry.assign({"device-00": 1})
+        assert replay(run, None, None).data["forecast"] is not None
+        registry.assign({"device-01": 1})
+    found = replay(run, None, None).data
+    assert found["forecast"] is None
+    assert found["difference"] == {"makespan": pytest.approx(0, abs=1e-9), "bytes": 0}

@@ -554,10 +554,10 @@ def test_another_number_of_devices_is_a_mend_until_devices_joined(
     write_run: Callable[..., Path],
 ) -> None:
     path = changed(write_run(), "count = 3\ndepth = [1, 2, 1]", "count = 4")
-    with pytest.raises(ConfigError, match="set devices.count to 3"):
+    with pytest.raises(ConfigError, match=r"set devices\.count to 3"):
         train(path)
     assert train(changed(path, "count = 4", "count = 3")).data["state"] == "done"
-    with pytest.raises(ConfigError, match="started otherwise: got another devices.count"):
+    with pytest.raises(ConfigError, match=r"started otherwise: got another devices\.count"):
         train(changed(path, "count = 3", "count = 4"))
 
 

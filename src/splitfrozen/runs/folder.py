@@ -230,7 +230,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            remedy = "delete it and give the same command again; it is made again"
+            remedy = "delete it and give the command that began the run; it is made again"
             raise _damaged(path, str(error), remedy) from error
 
     def write_prepared(self, prepared: Prepared) -> None:

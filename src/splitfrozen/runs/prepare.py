@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from splitfrozen.config import Config, TaskConfig
-from splitfrozen.disk import explained
 from splitfrozen.data.tasks import COLUMNS
+from splitfrozen.disk import explained
 from splitfrozen.errors import ConfigError, ModelError, StoreError
 from splitfrozen.model.blocks import SlicedModel, load_model
 from splitfrozen.model.export import export_front
@@ -165,7 +165,7 @@ def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer |
             f"the tokenizer {path} cannot be opened",
             got=str(error)[:300],
             allowed="the file as it was prepared",
-            remedy=f"delete {run.root / 'prepared.json'} and give the same command again",
+            remedy=f"delete {run.root / 'prepared.json'} and give the command that began the run",
         ) from error
 
 

@@ -13,6 +13,7 @@ the speeds of the server, which nobody probes, are the measured ones.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -41,11 +42,16 @@ from splitfrozen.simulation.network import Link, Machine, Network
 from splitfrozen.simulation.timeline import Timeline
 from splitfrozen.studies.elsewhere import replay_on
 
+log = logging.getLogger("splitfrozen.replay")
+
 SHOWN = 40
 """Parties and links that are listed and drawn."""
 
 LEAST_S = 1e-9
 """What took no time that a clock shows took so long."""
+
+MOST_PIECES = 1_000_000
+"""Chunks and steps of a forecast: each is some events, which are held in memory."""
 
 UNEQUAL = 0.1
 """Sizes must differ by this part of their mean before they tell latency from rate."""
@@ -166,7 +172,16 @@ def _link(carried: Sequence[tuple[float, float]]) -> Link:
 
 
 def _forecast(folder: Path, speeds: Speeds) -> Timeline | None:
-    """What formulas say of the run; None where too little was announced or done for that."""
+    """What formulas say of the run; None where too little was announced or done for that, or where
+    a device announced or measured what cannot be: the replay is not lost to that."""
+    try:
+        return _foretold(folder, speeds)
+    except RequestError as error:
+        log.warning("no forecast: %s", error)
+        return None
+
+
+def _foretold(folder: Path, speeds: Speeds) -> Timeline | None:
     run = RunFolder(folder)
     shape, prepared = networklog.model_shape(run), run.prepared()
     with closing(Registry(run.root)) as registry:
@@ -174,7 +189,8 @@ def _forecast(folder: Path, speeds: Speeds) -> Timeline | None:
     if shape is None or prepared is None or (SERVER, "train") not in speeds.flops:
         return None
     cost = bytes_per_token(run.config.wire.name, prepared)
-    log, flops, links = EventList(), dict(speeds.flops), dict(speeds.links)
+    _refuse_endless(run.config, [row.announcement for row in rows if row.announcement], cost)
+    events, flops, links = EventList(), dict(speeds.flops), dict(speeds.links)
     ready: list[int] = []
     for row in rows:
         if row.announcement is None or row.profile is None or row.depth is None:
@@ -185,20 +201,33 @@ def _forecast(folder: Path, speeds: Speeds) -> Timeline | None:
         load = _mean_load(row.announcement, 1 / count)
         front = forward_flops(shape, row.depth, load)
         pieces = [Piece(step, front, 0.0, load.tokens * cost) for step in range(count)]
-        sends = log.pipeline(row.id, pieces)
+        sends = events.pipeline(row.id, pieces)
         lift = forward_flops(shape, run.config.model.cut - row.depth, load)
         ready += (
             sends
             if not lift
             else [
-                log.compute((SERVER, "lift", step), lift, (send,))
+                events.compute((SERVER, "lift", step), lift, (send,))
                 for step, send in enumerate(sends)
             ]
         )
     flops.setdefault((SERVER, "lift"), flops[SERVER, "train"])
     announced = [row.announcement for row in rows if row.announcement is not None]
-    _train(log, run.config, shape, announced, tuple(ready))
-    return simulate(log.events, Speeds(flops, links))
+    _train(events, run.config, shape, announced, tuple(ready))
+    return simulate(events.events, Speeds(flops, links))
+
+
+def _refuse_endless(config: Config, announced: Sequence[Announcement], cost: float) -> None:
+    """Announcements are only numbers that devices sent. Raises RequestError."""
+    chunks = sum(one.tokens for one in announced) * cost / config.wire.chunk_bytes
+    steps = sum(one.samples for one in announced) / config.train.batch_size * config.train.epochs
+    if chunks + steps > MOST_PIECES:
+        raise RequestError(
+            "devices announced too much for a forecast",
+            got=f"{chunks:.2g} chunks and {steps:.2g} steps",
+            allowed=f"{MOST_PIECES:,} together",
+            remedy="see `splitfrozen status` for who announced it",
+        )
 
 
 def _train(
