@@ -499,6 +499,8 @@ def test_the_score_is_the_accuracy_and_of_equal_ones_the_loss() -> None:
     )
     assert accurate > sure > neither
     assert Result(after={"perplexity": 2.0, "loss": 0.7}).score == -0.7
+    # A loss that is no number is left out of the metrics: an accuracy beside it means nothing.
+    assert Result(after={"accuracy": 0.9}).score is None
 
 
 # --- what is reported ----------------------------------------------------------------------------
@@ -562,7 +564,9 @@ def test_a_generating_task_shows_answers_side_by_side(folder: Path) -> None:
         def __call__(self, cell: Cell, folder: Path) -> Result:
             super().__call__(cell, folder)
             answers = tuple(f"{cell.method}: {prompt}!" for prompt in cell.prompts)
-            return Result(after={"perplexity": 2.0, "exact_match": 0.25}, answers=answers)
+            return Result(
+                after={"loss": 0.7, "perplexity": 2.0, "exact_match": 0.25}, answers=answers
+            )
 
     path = changed(folder, 'folder = "cells"', 'folder = "cells"\nprompts = ["one?", "two?"]')
     found = ran(grid.load(path), Answering())
@@ -673,4 +677,11 @@ def test_a_rate_can_only_be_taken_of_a_method_that_is_tuned(folder: Path, other:
     with pytest.raises(
         ConfigError, match=rf"rate_of` is wrong: got '{other}'; allowed: centralized"
     ):
+        grid.load(path)
+
+
+def test_a_method_without_a_rank_of_the_experiment_is_refused(folder: Path) -> None:
+    path = folder / "small.toml"
+    path.write_text(path.read_text().replace("ranks = [8]\n", "ranks = [16]\n"))
+    with pytest.raises(ConfigError, match=r"unshuffled: ranks` is wrong: got \[16\]"):
         grid.load(path)

@@ -535,6 +535,15 @@ def test_a_damaged_checkpoint_is_refused_with_its_name(tmp_path: Path, keep: int
         train(Linear(), tmp_path)
 
 
+def test_a_checkpoint_in_which_bits_are_flipped_is_refused(tmp_path: Path) -> None:
+    path = stopped(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="not those that were written"):
+        train(Linear(), tmp_path)
+
+
 class Renamed(Linear):
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {"other": self.weight, "unused": self.unused}

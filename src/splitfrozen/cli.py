@@ -229,7 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SplitFrozenError as error:
         return _report(error, as_json)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        message = "interrupted; the same command continues"
+        if as_json:
+            print(dump({"error": "KeyboardInterrupt", "message": message}), flush=True)
+        print(message, file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.

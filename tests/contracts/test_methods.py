@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,15 +32,18 @@ from splitfrozen.data.inputs import model_inputs
 from splitfrozen.data.samples import SampleSource
 from splitfrozen.errors import SplitFrozenError, StoreError, WireError
 from splitfrozen.methods.bench import Bench, Built, Rounds
-from splitfrozen.methods.parts import Whole
+from splitfrozen.methods.parts import Lower, Whole
 from splitfrozen.methods.table import METHODS, build
+from splitfrozen.methods.two_way import TwoWayDevice
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.model.costs import Tokens, gpt2_small
-from splitfrozen.records import Activation, Compute, Sample, SampleKey
+from splitfrozen.records import Activation, Chunk, Compute, Receipt, Sample, SampleKey
 from splitfrozen.simulation.schedules import Setting, Share, Step, events
 from splitfrozen.training.batching import pad
 from splitfrozen.training.loop import Hooks, Job, Outcome, fit
-from splitfrozen.training.optimise import NotFiniteError
+from splitfrozen.training.optimise import NotFiniteError, Optimiser
+from splitfrozen.wire.codec import codec
+from splitfrozen.wire.frame import Origin, pack, unpack
 
 CUT, CLASSES = 1, 3
 SIZES = {"device-00": 9, "device-01": 2, "device-02": 6}
@@ -356,6 +360,45 @@ def test_a_chunk_and_its_reply_hold_the_batch(case: str, world: Callable[..., Wo
         assert values < up < 1.6 * values
         small = CASES[case].gradients == "int8"
         assert (down < values / 2) if small else (values < down < 1.6 * values)
+
+
+class _Misled:
+    """A line on which the reply is that to another chunk."""
+
+    def __init__(self, origin: Origin, off: int = 0) -> None:
+        self.origin = origin
+        self.off = off
+
+    def stored(self) -> set[int]:
+        return set()
+
+    def put(self, chunk: Chunk) -> Receipt:
+        self.chunk = chunk
+        return Receipt(index=chunk.index, stored=1)
+
+    def reply(self, index: int) -> bytes:
+        _, samples = unpack(self.chunk.frame)
+        return pack(self.origin, index + self.off, samples).frame
+
+
+@pytest.mark.parametrize(("device", "off"), [("device-01", 0), ("device-00", 1)])
+def test_a_reply_to_another_chunk_is_refused(
+    device: str, off: int, world: Callable[..., World]
+) -> None:
+    here = world(MethodSpec("splitlora"))
+    origin = Origin("run", "device-00", "0" * 64, CUT, WIDTH, "float32")
+    line = _Misled(dataclasses.replace(origin, device=device), off)
+    gradients = here.built.method.gradients
+    part = Lower(here.built.adapted, CUT)
+    one = TwoWayDevice(part, gradients, codec("float32"), origin, line)
+    one.forward(here.all_samples()[:2], 0)
+    parameters = here.built.adapted.parameters()
+    optimiser = Optimiser(parameters, here.config.train, 10)
+    with pytest.raises(WireError, match="the reply is to another chunk"):
+        one.backward(optimiser, 0)
+    right = TwoWayDevice(part, gradients, codec("float32"), origin, _Misled(origin))
+    right.forward(here.all_samples()[:2], 0)
+    assert right.backward(optimiser, 0) > 0
 
 
 def test_a_coarse_codec_changes_what_is_learned_a_little(world: Callable[..., World]) -> None:

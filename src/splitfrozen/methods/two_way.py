@@ -105,7 +105,7 @@ class TwoWay:
         part = Lower(adapted, config.model.cut)
         run_codec = codec(config.wire.name)
         self._devices = {
-            device: _Device(
+            device: TwoWayDevice(
                 part,
                 self.gradients,
                 run_codec,
@@ -305,7 +305,7 @@ class _Line:
         return frame
 
 
-class _Device:
+class TwoWayDevice:
     """A device's part: embedding and blocks[:n]."""
 
     def __init__(
@@ -342,7 +342,11 @@ class _Device:
 
         The server keeps the loss to itself, and has found it finite.
         """
-        _, gradients = activations(self._line.reply(step))
+        header, gradients = activations(self._line.reply(step))
+        got = header.device, header.index, header.width
+        wanted = self._origin.device, step, self._origin.width
+        if got != wanted:
+            raise _unfit("the reply is to another chunk", got, f"device, index, width {wanted}")
         found = {one.sample: one.hidden for one in gradients}
         for parameter in optimiser.parameters.values():
             parameter.grad = None
@@ -359,9 +363,9 @@ def _refuse_others(members: Sequence[Sample], found: dict[int, Floats]) -> None:
     for sample in members:
         got = len(found.get(sample.id, ()))
         if got != sample.length:
-            raise WireError(
-                f"the reply does not fit sample {sample.id}",
-                got=f"{got} tokens",
-                allowed=f"{sample.length}, as were sent",
-                remedy="check the server's version",
-            )
+            what = f"the reply does not fit sample {sample.id}"
+            raise _unfit(what, f"{got} tokens", f"{sample.length}, as were sent")
+
+
+def _unfit(what: str, got: object, allowed: str) -> WireError:
+    return WireError(what, got=got, allowed=allowed, remedy="check the server's version")

@@ -71,10 +71,10 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         It is the score by which `training.evaluate` compares; None where training diverged.
         """
-        if self.diverged:
+        loss, accuracy = self.after.get("loss"), self.after.get("accuracy")
+        if self.diverged or loss is None:
+            # A loss that is no number is in no metrics.
             return None
-        loss = self.after.get("loss", 0.0)
-        accuracy = self.after.get("accuracy")
         return -loss if accuracy is None else accuracy - 1e-6 * loss
 
 

@@ -286,6 +286,9 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
         if method.rate_of is not None and method.rate_of not in tuned:
             where = f"[[method]] {method.name}: rate_of"
             raise _bad(where, repr(method.rate_of), ", ".join(tuned), "name a method that is tuned")
+        if method.ranks is not None and not set(method.ranks) & set(experiment.spec.ranks):
+            where, ranks = f"[[method]] {method.name}: ranks", list(experiment.spec.ranks)
+            raise _bad(where, list(method.ranks), f"some of {ranks}", "take one of these")
     for group in experiment.groups():
         experiment.config(group)
     return experiment

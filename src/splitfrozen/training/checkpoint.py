@@ -7,6 +7,7 @@ renamed, so a reader finds the old one or the new one, whole.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -44,12 +45,18 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
     best: float | None = None
 
 
+class _Head(msgspec.Struct, forbid_unknown_fields=True):
+    """What is beside the tensors."""
+
+    progress: Progress
+    digest: str
+
+
 def write_checkpoint(path: Path, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
     """Replace the checkpoint at `path`. Raises StoreError; the old one is then still there."""
-    data = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        {"progress": msgspec.json.encode(progress).decode()},
-    )
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry: the file format writes several in any order, and same seed means same bytes.
+    data = save(kept, {"head": msgspec.json.encode(_Head(progress, _digest(kept))).decode()})
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data)
@@ -62,12 +69,24 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]] | No
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            progress = msgspec.json.decode(metadata.get("progress", ""), type=Progress)
-            return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, msgspec.DecodeError, OSError) as error:
+            head = msgspec.json.decode(metadata.get("head", ""), type=_Head)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if head.digest != _digest(tensors):
+            raise ValueError("tensors that are not those that were written")
+        return head.progress, tensors
+    except (SafetensorError, msgspec.DecodeError, OSError, ValueError) as error:
         raise StoreError(
             f"cannot read the checkpoint {path}",
             got=str(error),
             allowed="a checkpoint that this version wrote",
             remedy="restore the file, or delete it to train again from the first step",
         ) from error
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names and bytes: the file format has no checksum of its own."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
