@@ -15,7 +15,8 @@ from splitfrozen.model import costs
 from splitfrozen.model.costs import Tokens
 from splitfrozen.records import Compute, Event, Send
 from splitfrozen.simulation.network import Link, Machine, Network
-from splitfrozen.simulation.schedules import Setting, Share, Stages, Step, Wire, events
+from splitfrozen.simulation.schedules import events
+from splitfrozen.simulation.setting import Setting, Share, Stages, Step, Wire
 from splitfrozen.simulation.timeline import replay
 
 SHAPE = costs.gpt2_small()

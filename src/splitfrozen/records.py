@@ -383,9 +383,12 @@ class Refusal(Message, frozen=True):
 
 # --- events ----------------------------------------------------------------------------------
 
-# The collector would walk over them: they hold no cycles, and a simulation holds millions.
+SERVER = "server"
+FEDERATED = "federated"
+"""The server of FedsLLM that sees adapters only."""
 
 
+# gc=False: they hold no cycles, and a simulation holds millions that the collector would walk over.
 class Compute(Struct, frozen=True, gc=False, tag_field="event", tag="compute"):
     """Work of one party, as a forecast or as it was measured.
 
@@ -394,8 +397,7 @@ class Compute(Struct, frozen=True, gc=False, tag_field="event", tag="compute"):
     Attributes:
         id: number of the event.
         who: a device's id, "device-03/encode" for its codec, which works beside its front,
-            "server", "server/0" .. for its pipeline stages, or "federated" for the server of
-            FedsLLM that sees adapters only.
+            SERVER, "server/0" .. for its pipeline stages, or FEDERATED.
         phase: what is computed, such as "front", "lift", "forward", "backward", "weights".
         step: optimiser step, or chunk, that it is part of.
         flops: how much.

@@ -38,7 +38,8 @@ from splitfrozen.methods.two_way import TwoWayDevice
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.model.costs import Tokens, gpt2_small
 from splitfrozen.records import Activation, Chunk, Compute, Receipt, Sample, SampleKey
-from splitfrozen.simulation.schedules import Setting, Share, Step, events
+from splitfrozen.simulation.schedules import events
+from splitfrozen.simulation.setting import Setting, Share, Step
 from splitfrozen.training.batching import pad
 from splitfrozen.training.loop import Hooks, Job, Outcome, fit
 from splitfrozen.training.optimise import NotFiniteError, Optimiser

@@ -14,8 +14,7 @@ import torch
 from splitfrozen.methods.bench import Bench, Built, Rounds, by_device
 from splitfrozen.methods.parts import Adapted, Whole
 from splitfrozen.methods.replicas import Replicas
-from splitfrozen.records import Sample, SampleKey
-from splitfrozen.simulation.schedules import SERVER
+from splitfrozen.records import SERVER, Sample, SampleKey
 from splitfrozen.training.optimise import Gradients, StepResult
 from splitfrozen.training.orders import DeviceOrder
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from splitfrozen.methods import two_way
 from splitfrozen.methods.bench import Bench, Built
-from splitfrozen.simulation.schedules import FEDERATED
+from splitfrozen.records import FEDERATED
 
 
 def build(bench: Bench) -> Built:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from splitfrozen.methods import two_way
 from splitfrozen.methods.bench import Bench, Built
-from splitfrozen.simulation.schedules import SERVER
+from splitfrozen.records import SERVER
 
 
 def build(bench: Bench) -> Built:

@@ -27,6 +27,7 @@ from splitfrozen.methods.parts import Adapted, Lower, Upper
 from splitfrozen.methods.replicas import Replicas, Sent
 from splitfrozen.model import adapters
 from splitfrozen.records import (
+    SERVER,
     Activation,
     Chunk,
     Codec,
@@ -38,7 +39,6 @@ from splitfrozen.records import (
     Sample,
     SampleKey,
 )
-from splitfrozen.simulation.schedules import SERVER
 from splitfrozen.training.batching import pad, split
 from splitfrozen.training.optimise import Gradients, Optimiser, StepResult
 from splitfrozen.training.orders import DeviceOrder
@@ -244,7 +244,7 @@ class _Server:
         )
         caught = _Caught(self._upper)
         loss, targets = self.gradients.of(
-            caught, optimiser.parameters.values(), items, step, "server", *who
+            caught, optimiser.parameters.values(), items, step, SERVER, *who
         )
         self.results.append(StepResult(loss, *optimiser.step(step), targets))
         for device, (origin, index, own) in arrived.items():
@@ -296,12 +296,12 @@ class _Line:
         return set()
 
     def put(self, chunk: Chunk) -> Receipt:
-        self._sent(self._device, "server", "activations", len(chunk.frame))
+        self._sent(self._device, SERVER, "activations", len(chunk.frame))
         return self._server.receive(self._device, chunk)
 
     def reply(self, index: int) -> bytes:
         frame = self._server.reply(self._device, index)
-        self._sent("server", self._device, "gradients", len(frame))
+        self._sent(SERVER, self._device, "gradients", len(frame))
         return frame
 
 

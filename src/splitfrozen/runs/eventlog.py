@@ -18,20 +18,11 @@ from splitfrozen.disk import explained
 from splitfrozen.methods.bench import Built
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.model.costs import Tokens
-from splitfrozen.records import Sample
+from splitfrozen.records import FEDERATED, SERVER, Sample
 from splitfrozen.runs.devices import LocalDevice
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.simulation.schedules import (
-    AHEAD,
-    FEDERATED,
-    SERVER,
-    Phase,
-    Setting,
-    Share,
-    Step,
-    Wire,
-    events,
-)
+from splitfrozen.simulation.schedules import events
+from splitfrozen.simulation.setting import AHEAD, Phase, Setting, Share, Step, Wire
 from splitfrozen.training.optimise import targets_of
 
 Measured = Mapping[tuple[Phase, str, int], float]

@@ -44,13 +44,12 @@ from splitfrozen.model.costs import (
     head_backward_flops,
     head_flops,
 )
-from splitfrozen.records import Compute, Count, DeviceReport, Event, SampleTable, Send
+from splitfrozen.records import SERVER, Compute, Count, DeviceReport, Event, SampleTable, Send
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 
 LOG = "events.jsonl"
-SERVER = "server"
 SETUP = "setup"
 
 Interval = tuple[float, float]

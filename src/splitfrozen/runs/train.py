@@ -33,7 +33,7 @@ from splitfrozen.methods.bench import Bench, Built
 from splitfrozen.methods.parts import Whole
 from splitfrozen.methods.table import build
 from splitfrozen.model.blocks import SlicedModel
-from splitfrozen.records import PROTOCOL, Announcement, Enrolment, Outcome, Prepared
+from splitfrozen.records import PROTOCOL, SERVER, Announcement, Enrolment, Outcome, Prepared
 from splitfrozen.runs import evaluation, summary
 from splitfrozen.runs.attendance import write_roster
 from splitfrozen.runs.devices import LocalDevice, Recomputed, TorchFront, send_all
@@ -304,7 +304,7 @@ class _Traffic:
             if event["event"] == "step":
                 if self._source is not None:
                     for device, size in self._source.sent.popleft().items():
-                        self.add(device, "server", "activations", size)
+                        self.add(device, SERVER, "activations", size)
                 if self._sent:
                     event = {**event, "sent": [[*way, size] for way, size in self._sent.items()]}
                 self._sent.clear()

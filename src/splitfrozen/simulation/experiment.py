@@ -26,16 +26,9 @@ from splitfrozen.config import Above0, MethodName, Spec, Whole, convert, read_to
 from splitfrozen.errors import ConfigError
 from splitfrozen.model import costs
 from splitfrozen.model.costs import ModelShape, Tokens
+from splitfrozen.records import FEDERATED, SERVER
 from splitfrozen.simulation.network import Link, Machine, Network
-from splitfrozen.simulation.schedules import (
-    AHEAD,
-    FEDERATED,
-    SERVER,
-    Setting,
-    Share,
-    Step,
-    Wire,
-)
+from splitfrozen.simulation.setting import AHEAD, Setting, Share, Step, Wire
 from splitfrozen.simulation.work import Counting
 
 SHAPES: dict[str, Callable[[], ModelShape]] = {

@@ -29,10 +29,10 @@ from splitfrozen.config import Config
 from splitfrozen.disk import explained
 from splitfrozen.errors import RequestError
 from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
-from splitfrozen.records import Announcement, Compute, Event, Outcome
+from splitfrozen.records import SERVER, Announcement, Compute, Event, Outcome
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.networklog import SERVER, SETUP, EventList, Piece, step_flops
+from splitfrozen.runs.networklog import SETUP, EventList, Piece, step_flops
 from splitfrozen.runs.summary import table
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.registry import Registry

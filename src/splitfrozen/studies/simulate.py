@@ -20,14 +20,15 @@ import numpy as np
 
 from splitfrozen.config import MethodName
 from splitfrozen.disk import explained, write_whole
-from splitfrozen.records import Compute, Event, Outcome, Send
+from splitfrozen.records import SERVER, Compute, Event, Outcome, Send
 from splitfrozen.runs.summary import table
 from splitfrozen.simulation import experiment as experiments
 from splitfrozen.simulation import gantt
 from splitfrozen.simulation.experiment import DatasetPart, Experiment
 from splitfrozen.simulation.network import Network, role
 from splitfrozen.simulation.pipeline import Schedule
-from splitfrozen.simulation.schedules import SERVER, Setting, Stages, events
+from splitfrozen.simulation.schedules import events
+from splitfrozen.simulation.setting import Setting, Stages
 from splitfrozen.simulation.timeline import Timeline, covered, replay
 from splitfrozen.studies.environment import environment
 
