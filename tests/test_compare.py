@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -535,7 +536,7 @@ def test_the_text_has_means_spreads_and_the_paper_beside(folder: Path) -> None:
     assert ["FedLoRA", "70.5 ±0.5", "70.5 ±0.5", "50.5 ±0.5", "50.5 ±0.5"] in lines
     assert ["unshuffled", "-", "79.5 ±0.5", "-", "78.5 ±0.5"] in lines
     assert "majority class 75.0" in text
-    assert "(the paper: +69.4 %)" in text
+    assert "(the paper, GPT-2 on its data: +69.4 %)" in text
 
 
 def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
@@ -685,3 +686,31 @@ def test_a_method_without_a_rank_of_the_experiment_is_refused(folder: Path) -> N
     path.write_text(path.read_text().replace("ranks = [8]\n", "ranks = [16]\n"))
     with pytest.raises(ConfigError, match=r"unshuffled: ranks` is wrong: got \[16\]"):
         grid.load(path)
+
+
+def test_without_a_folder_cells_are_kept_beside_other_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = demo_experiment(folder)
+    path.write_text(path.read_text().partition("[[method]]\nname = 'broken'")[0])
+    path.write_text(re.sub(r"folder = .*\n", "", path.read_text()))
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert cli.main(["compare", f"../{path.name}", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 1
+    assert len(list((folder / "elsewhere/runs" / path.stem).glob("*.json"))) == 1
+
+
+def test_nothing_is_written_where_nothing_was_trained(folder: Path) -> None:
+    out = folder / "out"
+    fake = Fake(fails=lambda _: True)
+    found = ran(grid.load(folder / "small.toml"), fake)
+    assert set(found.failures.values()) >= {"all trials of learning rates failed, see above"}
+    assert findings.report(found)["rows"] == []
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("key", ["ranks", "seeds"])
+def test_a_rank_or_seed_twice_is_refused(folder: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"experiment.{key}. is wrong: got \[4, 4\]"):
+        grid.load(folder / "small.toml", [f"experiment.{key}=[4, 4]"])

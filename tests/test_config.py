@@ -207,3 +207,13 @@ def test_what_no_parser_takes_is_not_toml(tmp_path: Path, value: str) -> None:
 def test_numbers_in_lists_are_finite_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`devices.depth\[1\]` is wrong: got inf.*finite"):
         load(tmp_path, SMALL + "depth = [1, inf]\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "command"), [("[experiment]\nranks = [4]", "compare"), ("[[datasets]]", "simulate")]
+)
+def test_an_experiment_is_no_run(tmp_path: Path, text: str, command: str) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"try: splitfrozen {command} .*some.toml"):
+        config.load(path)

@@ -87,3 +87,9 @@ def test_an_unknown_key_is_named(run: Path) -> None:
     (run / "network.toml").write_text(NETWORK.replace("bps", "bsp"))
     with pytest.raises(ConfigError, match=r"link\.bsp"):
         replay(run, run / "network.toml", None)
+
+
+def test_what_has_no_devices_needs_none(run: Path) -> None:
+    alone = Compute(0, "server", "forward", 0, 200.0)
+    (run / "events.jsonl").write_bytes(msgspec.json.encode(alone) + b"\n")
+    assert replay(run, run / "network.toml", None).data["makespan_s"] == 2.0

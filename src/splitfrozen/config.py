@@ -302,7 +302,7 @@ class Config(Spec, frozen=True):
         if self.task.kind == "causal_lm" and self.data and self.data.partition == "dirichlet":
             raise _bad(
                 "data.partition",
-                '"dirichlet", which divides classes,',
+                '"dirichlet", which divides classes',
                 '"iid", "quantity" or "column", as causal_lm rows have no labels',
                 "choose another",
             )
@@ -348,6 +348,7 @@ def complete(table: dict[str, Any], path: Path) -> Config:
     `run.folder`, `task.eval`, `data.train` and `model.name` (where such a folder exists) are taken
     from the file's folder.
     """
+    _refuse_experiment(table, path)
     base = path.resolve().parent
     for section, key in (*_FILES, ("run", "folder"), ("model", "name")):
         _refuse_no_path(table, section, key)
@@ -371,8 +372,13 @@ def complete(table: dict[str, Any], path: Path) -> Config:
 _SpecT = TypeVar("_SpecT", bound=Spec)
 
 
-def convert(table: dict[str, Any], kind: type[_SpecT]) -> _SpecT:
-    """Turn nested tables into a spec. Raises ConfigError that names the key and the cure."""
+def convert(
+    table: dict[str, Any], kind: type[_SpecT], document: str = "docs/configuration.md"
+) -> _SpecT:
+    """Turn nested tables into a spec. Raises ConfigError that names the key and the cure.
+
+    `document` lists the keys.
+    """
     _refuse_unknown(table, kind, "")
     _refuse_infinite(table, "")
     try:
@@ -386,7 +392,7 @@ def convert(table: dict[str, Any], kind: type[_SpecT]) -> _SpecT:
             f"`{key}` is wrong",
             got=_shortly(_lookup(table, key)),
             allowed=_choices(kind, key) or what[0].lower() + what[1:],
-            remedy="see docs/configuration.md",
+            remedy=f"see {document}",
         ) from error
 
 
@@ -398,6 +404,18 @@ def dump(config: Config) -> bytes:
 def undump(data: bytes) -> Config:
     """Read back what `dump` wrote. Raises ConfigError, msgspec.DecodeError."""
     return convert(msgspec.json.decode(data, type=dict[str, Any]), Config)
+
+
+def _refuse_experiment(table: dict[str, Any], path: Path) -> None:
+    """Experiments look much like runs."""
+    for key, command in (("experiment", "compare"), ("datasets", "simulate")):
+        if key in table:
+            raise ConfigError(
+                f"{path} is no run",
+                got=f"`{key}`, as experiments have it",
+                allowed="the file of a run",
+                remedy=f"try: splitfrozen {command} {path}",
+            )
 
 
 def _lookup(table: Any, key: str) -> Any:

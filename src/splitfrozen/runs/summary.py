@@ -38,6 +38,7 @@ def summarize(run: RunFolder, registry: Registry, store: Store) -> dict[str, Any
     picture = run.root / "curves.png"
     return {
         "run": run.name,
+        "method": run.config.method.name,
         "folder": str(run.root),
         "state": state.state,
         "error": state.error,
@@ -93,7 +94,8 @@ def text(data: dict[str, Any]) -> str:
         )
         for device in data["devices"]
     ]
-    lines = [table(header, rows), ""]
+    # Other methods' devices keep nothing on the server.
+    lines = [table(header, rows), ""] if data["method"] == "splitfrozen" else []
     lines += [
         f"{device['id']} failed: {printable(_cut(device['failure']))}"
         for device in data["devices"]

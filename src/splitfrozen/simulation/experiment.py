@@ -214,7 +214,7 @@ def _refuse_twice(key: str, values: Sequence[object]) -> None:
 
 def load(path: Path) -> Experiment:
     """Read the file of an experiment. Raises ConfigError."""
-    return convert(read_toml(path), Experiment)
+    return convert(read_toml(path), Experiment, "docs/simulation.md")
 
 
 def network(experiment: Experiment) -> Network:

@@ -42,8 +42,14 @@ COLOURS = {
     "activations": "#c6dbef",
     "gradients": "#fdd0a2",
     "adapter": "#e3c9dd",
+    "local": "#93c98a",
+    "train": "#f9a857",
+    "average": "#ee8e90",
+    "evaluate": "#c3a28f",
+    "encode": "#d0c8c4",
+    "setup": "#e8e8e8",
 }
-MORE_COLOURS = ("#93c98a", "#ee8e90", "#c3a28f", "#d0c8c4", "#b5e3ac", "#ffbfc7", "#e6d0c5")
+MORE_COLOURS = ("#b5e3ac", "#ffbfc7", "#e6d0c5", "#a3a3a3")
 """For phases without a colour of their own, in turn."""
 
 

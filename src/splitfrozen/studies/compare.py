@@ -62,8 +62,10 @@ def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path |
         found = run(experiment, runner, jobs or _cores())
     data = findings.report(found)
     text = findings.text(found, data)
-    if out is not None:
+    if out is not None and data["rows"]:
         text += "\n\n" + "\n".join(map(str, write(found, data, out)))
+    elif out is not None:
+        text += "\n\nnothing was trained to its end, so nothing was written"
     return Outcome(data, text, 1 if data["failures"] else 0)
 
 
@@ -91,6 +93,8 @@ def run(experiment: Experiment, runner: Runner, jobs: int) -> Findings:
         )
     lost = {
         ", ".join(name): "no learning rate that was tried gave a finite loss"
+        if tuned.tried
+        else "all trials of learning rates failed, see above"
         for name, tuned in rates.items()
         if tuned.lr is None
     }

@@ -31,7 +31,7 @@ def replay_on(run: Path, events: Sequence[Event], file: Path, out: Path | None) 
     Devices take the machines in their order. Raises ConfigError, StoreError, and RequestError
     where the file has not as many devices as the run.
     """
-    spec = convert(read_toml(file), NetworkFile)
+    spec = convert(read_toml(file), NetworkFile, "docs/simulation.md")
     bare = [_bare(event) for event in events]
     found = timeline.replay(bare, _network(bare, spec))
     data: dict[str, object] = {
@@ -66,7 +66,8 @@ def _network(events: Sequence[Event], spec: NetworkFile) -> Network:
     who |= {event.source for event in events if isinstance(event, Send)}
     devices = sorted(one for one in who if role(one) == "device" and "/" not in one)
     groups = [group for _, group in named(spec.devices)]
-    if len(groups) != len(devices):
+    # Centralised training has no devices, whatever the network has.
+    if devices and len(groups) != len(devices):
         raise RequestError(
             "the network does not fit the run",
             got=f"{len(groups)} devices",
@@ -74,6 +75,6 @@ def _network(events: Sequence[Event], spec: NetworkFile) -> Network:
             remedy="change `count` in [[devices]]",
         )
     machines = {one: Machine(FREE) for one in who if "/" in one}
-    for name, group in zip(devices, groups, strict=True):
+    for name, group in zip(devices, groups, strict=False):
         machines[name] = Machine(group.flops, group.efficiency)
     return connected(machines, spec.server, spec.link)

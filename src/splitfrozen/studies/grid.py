@@ -53,6 +53,9 @@ class ExperimentSpec(Spec, frozen=True):
         for key, texts in (("folder", (self.folder or "",)), ("prompts", self.prompts)):
             if any("\0" in text for text in texts):
                 raise _bad(f"experiment.{key}", "a NUL character", "text without it", "mend it")
+        for key, values in (("ranks", self.ranks), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise _bad(f"experiment.{key}", list(values), "each once", "remove one")
 
 
 class TuneSpec(Spec, frozen=True):
@@ -175,7 +178,8 @@ class Experiment:
     def folder(self) -> Path:
         """Where finished cells are kept."""
         own = self.spec.folder
-        return self.path.parent / own if own else Path("runs", self.name)
+        # Absolute: cells are processes whose files have other places.
+        return (self.path.parent / own if own else Path("runs", self.name)).resolve()
 
     def groups(self) -> list[Group]:
         return [
@@ -315,7 +319,7 @@ def _convert(entry: Any, kind: type[_SpecT], where: str) -> _SpecT:
     if unknown:
         raise _unknown(where, unknown[0], sorted(kind.__struct_fields__))
     try:
-        return config.convert(entry, kind)
+        return config.convert(entry, kind, "docs/comparing.md")
     except ConfigError as error:
         raise _named(error, where) from error
 

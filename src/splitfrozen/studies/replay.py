@@ -56,8 +56,6 @@ MOST_PIECES = 1_000_000
 UNEQUAL = 0.1
 """Sizes must differ by this part of their mean before they tell latency from rate."""
 
-PHASES = {**COLOURS, SETUP: "#e8e8e8", "train": COLOURS["backward"]}
-
 
 @dataclass(frozen=True)
 class Speeds:
@@ -375,4 +373,4 @@ def _draw(real: Timeline, again: Timeline, path: Path) -> None:
 
 
 def _colour(phase: str) -> str:
-    return PHASES.get(phase, MORE_COLOURS[-1])
+    return COLOURS.get(phase, MORE_COLOURS[-1])
