@@ -168,6 +168,7 @@ def plot(run: RunFolder) -> Path:
     evaluations += _events(run, "evaluation", "step")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="optimiser step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     # A name is no formula, whatever dollars are in it.
     axes.set_title(run.name, parse_math=False)
     axes.set_ylabel("training loss", color="tab:blue")
