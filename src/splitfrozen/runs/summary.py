@@ -161,6 +161,7 @@ def plot(run: RunFolder) -> Path:
     """Draw loss and accuracy (or perplexity) over the steps; returns the PNG's path."""
     # pyplot keeps figures of its own; a Figure alone needs no display and nothing to close.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # A resumed run reports some steps twice; the last one counts.
     steps = {event["step"]: _number(event.get("loss")) for event in _events(run, "step", "step")}
@@ -168,7 +169,7 @@ def plot(run: RunFolder) -> Path:
     evaluations += _events(run, "evaluation", "step")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="optimiser step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # A name is no formula, whatever dollars are in it.
     axes.set_title(run.name, parse_math=False)
     axes.set_ylabel("training loss", color="tab:blue")
