@@ -285,6 +285,14 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
         settings=changes,
         source=source,
     )
+    _check_methods(experiment)
+    for group in experiment.groups():
+        experiment.config(group)
+    return experiment
+
+
+def _check_methods(experiment: Experiment) -> None:
+    """What a method says of others and of the ranks."""
     tuned = [method.name for method in experiment.methods if method.rate_of is None]
     for method in experiment.methods:
         if method.rate_of is not None and method.rate_of not in tuned:
@@ -293,9 +301,6 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
         if method.ranks is not None and not set(method.ranks) & set(experiment.spec.ranks):
             where, ranks = f"[[method]] {method.name}: ranks", list(experiment.spec.ranks)
             raise _bad(where, list(method.ranks), f"some of {ranks}", "take one of these")
-    for group in experiment.groups():
-        experiment.config(group)
-    return experiment
 
 
 def _axis(table: Table, name: str, kind: type[_SpecT]) -> tuple[_SpecT, ...]:
