@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import os
@@ -46,9 +47,27 @@ def _processor() -> str:
 
 @cache
 def code() -> str:
-    """Hash over the sources that decide what a training comes to."""
+    """Hash over what decides a training: its sources, without comments and docstrings."""
     root, digest = Path(splitfrozen.__file__).parent, hashlib.sha256()
     packages = ("data", "device", "methods", "model", "training", "wire")
     for path in sorted(path for name in packages for path in (root / name).rglob("*.py")):
-        digest.update(path.read_bytes())
+        digest.update(_meaning(path.read_text()).encode())
     return digest.hexdigest()[:12]
+
+
+def _meaning(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            # A string that stands alone does nothing: docstrings of modules, names and functions.
+            body[:] = [one for one in body if not _is_text(one)]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

@@ -1,7 +1,8 @@
 """Which samples form a batch, in what order, and how they are padded.
 
 An epoch holds every sample once. Its batches hold exactly `batch_size` samples, but for the last,
-which takes what is left. Two orders exist, and the loop cannot tell them apart:
+which takes what is left. Orders that mix all samples are here, others in `orders.py`; the loop
+cannot tell them apart:
 
     FixedOrder      all samples are known: a permutation fixed by (seed, epoch, sample ids)
     StreamingOrder  the first epoch is drawn by a ShuffleWindow from what has arrived, the later
