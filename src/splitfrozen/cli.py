@@ -132,6 +132,16 @@ COMMANDS = (
             _arg("--out", type=Path, help="folder for the table, plots and traces"),
         ),
     ),
+    Command(
+        "plan",
+        "depths, codec, bandwidth, subchannels, power, split, rank: what is best on a network",
+        "splitfrozen.studies.plan:plan",
+        (
+            _arg("source", type=Path, metavar="NETWORK.toml", help="the problem's file"),
+            _arg("--run", type=Path, metavar="RUN.toml", help="write this run with the plan in it"),
+            _arg("--out", type=Path, metavar="FOLDER", help="write figures and their data"),
+        ),
+    ),
     Command("status", "what a run is doing", "splitfrozen.runs.steer:status", (RUN,)),
     Command(
         "logs",

@@ -224,6 +224,11 @@ def _attention_flops(shape: ModelShape, load: Tokens) -> float:
     return 4 * shape.attention * load.squares
 
 
+def lora_flops(maps: Iterable[MapShape], blocks: int, load: Tokens, rank: int) -> float:
+    """Forward pass of LoRA where only these maps of each block have it."""
+    return blocks * load.tokens * _lora_flops_per_token(maps, rank)
+
+
 def _lora_flops_per_token(maps: Iterable[MapShape], rank: int) -> int:
     return sum(2 * rank * (inputs + outputs) for inputs, outputs in maps)
 
@@ -243,7 +248,12 @@ def block_parameters(shape: ModelShape, blocks: int) -> int:
 
 def adapter_parameters(shape: ModelShape, blocks: int, rank: int) -> int:
     """Weights of LoRA on all maps of blocks."""
-    return blocks * rank * sum(inputs + outputs for inputs, outputs in shape.maps)
+    return lora_parameters(shape.maps, blocks, rank)
+
+
+def lora_parameters(maps: Iterable[MapShape], blocks: int, rank: int) -> int:
+    """Weights of LoRA where only these maps of each block have it."""
+    return blocks * rank * sum(inputs + outputs for inputs, outputs in maps)
 
 
 def head_parameters(shape: ModelShape) -> int:
@@ -408,3 +418,16 @@ def sft_device_bytes(
     """A device with so many blocks: equation 26, 16 D^2 + B N D + l M_t."""
     fixed = 16 * shape.width**2 + activation_values(shape, batch)
     return fixed + blocks * sft_block_bytes(shape, batch, rank, moments)
+
+
+def sft_front_bytes(shape: ModelShape, blocks: int, length: int, rank: int) -> float:
+    """What a device is sent before the first round: Psi(l) of section V-C, for samples of N tokens.
+
+    As printed it is B l (18 D r + 12 D^2 + (P^2 C + N + 3) D). The prose has b, bytes a parameter,
+    for the B that is the batch elsewhere; and the embedding, the last summand, is there once, not
+    once a block.
+    """
+    embedding = sum(inputs * outputs for inputs, outputs in shape.embedding)
+    embedding += (shape.vocabulary + length + 3) * shape.width
+    values = block_parameters(shape, blocks) + adapter_parameters(shape, blocks, rank)
+    return FLOAT_BYTES * (values + embedding)

@@ -8,7 +8,7 @@ room. What would be too small to see is left out, and the title says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,30 +58,44 @@ def draw(timeline: Timeline, path: Path, name: str = "timeline") -> None:
 
     `name` stands at the head of the title. Raises StoreError.
     """
+    stack({name: timeline}, path)
+
+
+def stack(timelines: Mapping[str, Timeline], path: Path) -> None:
+    """Write pictures one above the other, with seconds to one scale; names as in `draw`.
+
+    Raises StoreError.
+    """
     # pyplot keeps figures of its own; a Figure alone needs no display and nothing to close.
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    lanes, limits = _chosen(timeline)
-    drawn = [np.flatnonzero(timeline.lane == lane) for lane in lanes]
-    until, whole = _until(timeline, drawn), timeline.makespan
-    limits += [f"the first {until:.3g} of {whole:.3g} s"] if until < whole else []
-    colours = _colours(timeline.phases)
-    figure = Figure(figsize=(WIDTH, 1.8 + 0.28 * max(2, len(lanes))), layout="constrained")
-    axes = figure.add_subplot(xlabel="seconds")
-    shown: set[str] = set()
-    for place, ids in enumerate(drawn):
-        shown |= _bars(axes, timeline, ids[timeline.begin[ids] < until], place, colours, until)
-    axes.set_yticks(range(len(lanes)), [_label(timeline.lanes[lane]) for lane in lanes])
-    # A name is no formula, whatever dollars are in it.
-    for text in axes.get_yticklabels():
-        text.set_parse_math(False)
-    axes.set_ylim(max(1, len(lanes)) - 0.5, -0.5)
-    axes.set_xlim(0, until or 1)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    title = f"{name}: {'; '.join(limits) if limits else f'{whole:.3g} s'}"
-    axes.set_title(title, parse_math=False, loc="left", fontsize=11)
+    chosen = {name: _chosen(line) for name, line in timelines.items()}
+    heights = [max(2, len(lanes)) for lanes, _ in chosen.values()]
+    tall = 0.9 * (len(heights) + 1) + 0.28 * sum(heights)
+    figure = Figure(figsize=(WIDTH, tall), layout="constrained")
+    panels = figure.subplots(
+        len(heights), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
+    )
+    phases = dict.fromkeys(phase for line in timelines.values() for phase in line.phases)
+    colours, shown = _colours(tuple(phases)), set[str]()
+    drawn = {
+        name: [np.flatnonzero(line.lane == lane) for lane in chosen[name][0]]
+        for name, line in timelines.items()
+    }
+    until = {name: _until(line, drawn[name]) for name, line in timelines.items()}
+    scale = max(until.values())
+    for [axes], (name, line) in zip(panels, timelines.items(), strict=True):
+        lanes, limits = chosen[name]
+        end, whole = until[name], line.makespan
+        limits += [f"the first {end:.3g} of {whole:.3g} s"] if end < whole else []
+        for place, ids in enumerate(drawn[name]):
+            shown |= _bars(axes, line, ids[line.begin[ids] < end], place, colours, scale)
+        _frame(axes, [_label(line.lanes[lane]) for lane in lanes])
+        title = f"{name}: {'; '.join(limits) if limits else f'{whole:.3g} s'}"
+        axes.set_title(title, parse_math=False, loc="left", fontsize=11)
+    panels[-1][0].set_xlim(0, scale or 1)
+    panels[-1][0].set_xlabel("seconds")
     keys = [Patch(color=colours[phase], label=phase) for phase in colours if phase in shown]
     if keys:
         legend = figure.legend(handles=keys, loc="outside lower center", ncols=8, frameon=False)
@@ -89,6 +103,17 @@ def draw(timeline: Timeline, path: Path, name: str = "timeline") -> None:
             text.set_parse_math(False)
     with explained(path):
         figure.savefig(path, dpi=120)
+
+
+def _frame(axes: Axes, names: Sequence[str]) -> None:
+    """What is around the bars: lanes from top to bottom."""
+    axes.set_yticks(range(len(names)), names)
+    # A name is no formula, whatever dollars are in it.
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def _chosen(timeline: Timeline) -> tuple[list[int], list[str]]:

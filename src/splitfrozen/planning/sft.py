@@ -1,0 +1,320 @@
+"""Split fine-tuning on wireless devices: problem P1 of the SFT paper, of the large timescale.
+
+P1 chooses the keep rate rho, the levels E and the devices' blocks l. The first two act on the delay
+by the compression ratio beta alone, and on nothing else but the accuracy, so `solve` takes the
+least ratio that is accurate enough and then the best of all l. `search` is brute force, `lagrange`
+the paper's Algorithm 2; both look at every combination of a `Grid`. In each, bandwidth is what P2
+gives on the channel that is planned for, so it is the paper's joint problem (27) that is solved.
+
+P2, of the small timescale, is solved anew in each round, for the channel as it is then:
+`bandwidth.exact(sft_delay.round_demand(...), system.band)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from splitfrozen.errors import PlanError
+from splitfrozen.model import costs
+from splitfrozen.model.costs import Tokens
+from splitfrozen.planning.bandwidth import Reals, least_delay
+from splitfrozen.planning.sft_delay import FLOAT_BITS, System, first_round_s, round_demand
+from splitfrozen.planning.surface import Surface
+
+Rate = Callable[[npt.ArrayLike, npt.ArrayLike], Reals]
+"""Bits an element of keep rates and levels; rising or concave in the keep rate."""
+
+BLIND = 1e-9
+"""Accuracies that differ by less are equal: a root of the surface is not found more exactly."""
+MOST_STEPS, MOST_MU = 500, 1e12
+"""Algorithm 2 ends there if it does not settle."""
+SETTLED = 1e-9
+ACCURACY_UNIT = 0.01
+"""Algorithm 2 counts lacking accuracy in points, so that it weighs like a percent of delay."""
+
+
+def entropy_bits(rho: npt.ArrayLike, levels: npt.ArrayLike) -> Reals:
+    """Bits an element that Top-K with stochastic quantisation takes at least, when coded well.
+
+    The entropy of the mask, H(rho), and for each kept element a sign and one of E levels, all as
+    likely. Levels seldom are: a measured rate is a little lower.
+    """
+    kept = np.asarray(rho, np.float64)
+    rest = 1 - kept
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mask = -kept * np.log2(kept) - np.where(rest > 0, rest * np.log2(rest), 0.0)
+    return np.asarray(mask + kept * (1 + np.log2(levels)))
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Equations 28d to 28f: least and most."""
+
+    rho: tuple[float, float]
+    levels: tuple[int, int]
+    blocks: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """P1.
+
+    Attributes:
+        system: who trains what.
+        snr: float64 [N], of the uplinks that are planned for, as ratios.
+        surface: A(rho, E).
+        least_accuracy: A_th.
+        bounds: of the three variables.
+        rate: bits an element.
+    """
+
+    system: System
+    snr: Reals
+    surface: Surface
+    least_accuracy: float
+    bounds: Bounds
+    rate: Rate = entropy_bits
+
+    def ratio(self, rho: npt.ArrayLike, levels: npt.ArrayLike) -> Reals:
+        """beta."""
+        return self.rate(rho, levels) / FLOAT_BITS
+
+    def delay(self, blocks: int, ratio: npt.ArrayLike) -> Reals:
+        """Seconds of all rounds, equation 20, of one or more ratios."""
+        system = self.system
+        demand = round_demand(system, blocks, ratio, self.snr)
+        later = least_delay(demand, system.band)
+        return system.rounds * later + first_round_s(system, blocks)
+
+    def every_blocks(self) -> range:
+        return range(self.bounds.blocks[0], self.bounds.blocks[1] + 1)
+
+    def every_levels(self) -> range:
+        return range(self.bounds.levels[0], self.bounds.levels[1] + 1)
+
+    def memory_bytes(self, blocks: int) -> float:
+        """M_c(l), equation 26."""
+        own = self.system
+        batch = Tokens.uniform(own.batch, own.tokens)
+        return costs.sft_device_bytes(own.shape, blocks, batch, own.rank, own.moments)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An answer to P1.
+
+    Attributes:
+        rho, levels, blocks: the variables.
+        ratio: beta.
+        accuracy: by the surface.
+        delay_s: of all rounds.
+        steps: updates of the multipliers that it took; 0 for what has none.
+    """
+
+    rho: float
+    levels: int
+    blocks: int
+    ratio: float
+    accuracy: float
+    delay_s: float
+    steps: int = 0
+
+
+def solve(problem: Problem) -> Choice:
+    """Solve P1 exactly. Raises PlanError where no accuracy, or no memory, is enough."""
+    fitting = _fitting(problem)
+    ratio, levels, rho = _least_ratio(problem)
+    delay, blocks = min((float(problem.delay(blocks, ratio)), blocks) for blocks in fitting)
+    accuracy = float(problem.surface.accuracy(rho, levels))
+    return Choice(rho, levels, blocks, ratio, accuracy, delay)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Every combination of so many keep rates with all levels and all blocks of a problem.
+
+    Attributes:
+        rho, levels, ratio, accuracy: [K], one for each keep rate with each number of levels.
+        blocks: the rows of `delays`.
+        delays: seconds [len(blocks), K].
+    """
+
+    rho: Reals
+    levels: npt.NDArray[np.int64]
+    ratio: Reals
+    accuracy: Reals
+    blocks: tuple[int, ...]
+    delays: Reals
+
+    @classmethod
+    def of(cls, problem: Problem, rates: int) -> Grid:
+        axes = np.linspace(*problem.bounds.rho, rates), np.array(problem.every_levels())
+        rho, levels = (one.ravel() for one in np.meshgrid(*axes, indexing="ij"))
+        ratio, blocks = problem.ratio(rho, levels), tuple(problem.every_blocks())
+        return cls(
+            rho,
+            levels,
+            ratio,
+            problem.surface.accuracy(rho, levels),
+            blocks,
+            np.stack([problem.delay(one, ratio) for one in blocks]),
+        )
+
+    def choice(self, row: int, place: int, steps: int = 0) -> Choice:
+        """What stands there."""
+        return Choice(
+            rho=float(self.rho[place]),
+            levels=int(self.levels[place]),
+            blocks=self.blocks[row],
+            ratio=float(self.ratio[place]),
+            accuracy=float(self.accuracy[place]),
+            delay_s=float(self.delays[row, place]),
+            steps=steps,
+        )
+
+
+def search(problem: Problem, grid: Grid) -> Choice:
+    """The best of a grid. Raises PlanError, also where no point of it is accurate enough."""
+    fitting = np.isin(grid.blocks, _fitting(problem))
+    accurate = grid.accuracy >= problem.least_accuracy - BLIND
+    if not accurate.any():
+        raise _inaccurate(problem, float(grid.accuracy.max()))
+    delays = np.where(fitting[:, None] & accurate, grid.delays, np.inf)
+    row, place = np.unravel_index(delays.argmin(), delays.shape)
+    return grid.choice(int(row), int(place))
+
+
+def lagrange(problem: Problem, grid: Grid) -> Choice | None:
+    """Algorithm 2: multipliers for the constraints, exhaustive l, a grid for rho and E.
+
+    The paper maximises tau + lambda g; a delay is to be small, so this minimises it, with what is
+    violated on the side that costs. Plain multipliers need not settle on variables that are whole
+    numbers; as in the paper's abstract the Lagrangian is augmented: of each violation g
+
+        (max(0, lambda + mu g)^2 - lambda^2) / (2 mu),   lambda <- max(0, lambda + mu g)
+
+    where mu, the step of the paper's update, grows while the violation does not shrink.
+
+    Returns:
+        The best allowed combination that it came by; None where it came by none.
+    """
+    lacking = (problem.least_accuracy - grid.accuracy) / ACCURACY_UNIT
+    held = np.array([one.memory_bytes for one in problem.system.devices])
+    over = np.array([problem.memory_bytes(blocks) / held - 1 for blocks in grid.blocks])
+    force = _Multipliers(0.0, np.zeros(len(held)))
+    before, steps, unit = np.inf, 0, grid.delays.min()
+    best: tuple[int, int] | None = None
+    while steps < MOST_STEPS and force.mu < MOST_MU:
+        steps += 1
+        values = grid.delays / unit + force.of_memory(over)[:, None] + force.of_accuracy(lacking)
+        row, place = (int(one) for one in np.unravel_index(values.argmin(), values.shape))
+        allowed = force.update(float(lacking[place]), over[row])
+        if allowed and (best is None or grid.delays[row, place] < grid.delays[best]):
+            best = row, place
+        if allowed and abs(values[row, place] - before) < SETTLED:
+            break
+        before = float(values[row, place])
+    return None if best is None else grid.choice(*best, steps)
+
+
+@dataclass(slots=True)
+class _Multipliers:
+    """Those of Algorithm 2: for the accuracy, and [N] for the devices' memory."""
+
+    lacks: float
+    overs: Reals
+    mu: float = 1.0
+    worst: float = np.inf
+
+    def of_accuracy(self, violations: Reals) -> Reals:
+        return _augmented(violations, self.lacks, self.mu)
+
+    def of_memory(self, violations: Reals) -> Reals:
+        """Of violations [..., N], summed over devices."""
+        return np.asarray(_augmented(violations, self.overs, self.mu).sum(axis=-1))
+
+    def update(self, lacking: float, over: Reals) -> bool:
+        """Push against what is violated; whether nothing is."""
+        self.lacks = max(0.0, self.lacks + self.mu * lacking)
+        self.overs = np.maximum(0.0, self.overs + self.mu * over)
+        worst = max(lacking, float(over.max()))
+        if worst > max(BLIND, self.worst / 2):
+            self.mu *= 2
+        self.worst = worst
+        return worst <= BLIND
+
+
+def _augmented(violations: Reals, multipliers: Reals | float, mu: float) -> Reals:
+    pushed = np.maximum(0.0, multipliers + mu * violations)
+    return np.asarray((pushed**2 - np.square(multipliers)) / (2 * mu))
+
+
+def _fitting(problem: Problem) -> list[int]:
+    """Blocks that every device has the memory for. Raises PlanError."""
+    least = min(problem.system.devices, key=lambda one: (one.memory_bytes, one.id))
+    found = [
+        blocks
+        for blocks in problem.every_blocks()
+        if problem.memory_bytes(blocks) < least.memory_bytes
+    ]
+    if found:
+        return found
+    needed = problem.memory_bytes(problem.bounds.blocks[0])
+    raise PlanError(
+        f"{least.id} has not the memory for {problem.bounds.blocks[0]} of the blocks",
+        got=f"{least.memory_bytes:.0f} bytes",
+        allowed=f"more than {needed:.0f} bytes",
+        remedy=f"give it {needed - least.memory_bytes:.0f} bytes more, or lower the least blocks",
+    )
+
+
+def _least_ratio(problem: Problem) -> tuple[float, int, float]:
+    """The least compression ratio that is accurate enough, with its levels and its keep rate.
+
+    For given levels the allowed keep rates are intervals, between bounds of rho and roots of a
+    cubic; a rate that rises or is concave is least at an end of one. Raises PlanError.
+    """
+    found: list[tuple[float, int, float]] = []
+    for levels in problem.every_levels():
+        cubic = problem.surface.cubic(levels)
+        cubic[0] -= problem.least_accuracy
+        ends = np.array([*problem.bounds.rho, *_within(_roots(cubic), problem.bounds.rho)])
+        ends = ends[problem.surface.accuracy(ends, levels) >= problem.least_accuracy - BLIND]
+        found += [(float(problem.ratio(rho, levels)), levels, float(rho)) for rho in ends]
+    if not found:
+        raise _inaccurate(problem, max(_summits(problem)))
+    return min(found)
+
+
+def _summits(problem: Problem) -> Iterator[float]:
+    """The greatest accuracy for each number of levels."""
+    for levels in problem.every_levels():
+        slope = problem.surface.cubic(levels)[1:] * np.arange(1, 4)
+        turns = _roots(slope)
+        ends = np.array([*problem.bounds.rho, *_within(turns, problem.bounds.rho)])
+        yield float(problem.surface.accuracy(ends, levels).max())
+
+
+def _roots(polynomial: Reals) -> Reals:
+    """Real roots; an imaginary part within rounding is none."""
+    roots = np.polynomial.polynomial.polyroots(np.trim_zeros(polynomial, "b"))
+    return np.asarray(roots[np.abs(roots.imag) < BLIND].real)
+
+
+def _within(values: Reals, bounds: tuple[float, float]) -> Reals:
+    return values[(bounds[0] < values) & (values < bounds[1])]
+
+
+def _inaccurate(problem: Problem, most: float) -> PlanError:
+    lowered = np.floor(most * 1e4) / 1e4
+    return PlanError(
+        "no compression within the bounds is accurate enough",
+        got=f"{problem.least_accuracy:.4f} wanted",
+        allowed=f"at most {lowered:.4f} by the accuracy surface of {problem.surface.model}",
+        remedy=f"allow {problem.least_accuracy - lowered:.4f} more to be lost, "
+        "or widen the bounds of rho and levels",
+    )

@@ -1,0 +1,294 @@
+"""`plan` for FedsLLM: the descent checked against other ways, and the paper's figures 5 to 8.
+
+All schemes of a cell start from the same plan, whose subchannels, split and rank are drawn; they
+differ in what they may choose anew. docs/planning.md says what differs from the paper.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splitfrozen import rng
+from splitfrozen.disk import explained, write_whole
+from splitfrozen.planning import fedsllm
+from splitfrozen.planning.channel import Doubles, shared_out
+from splitfrozen.planning.fedsllm import BLOCKS, Block, Plan, Problem, time_s
+from splitfrozen.planning.power import Upload, by_bisection, by_convex, end_s
+from splitfrozen.records import Outcome
+from splitfrozen.runs.summary import table
+from splitfrozen.studies import plan_fedsllm_figures as drawings
+from splitfrozen.studies.environment import environment
+from splitfrozen.studies.plan_fedsllm_file import (
+    Experiment,
+    drawn,
+    load,
+    rounds,
+    rounds_text,
+    sized,
+    small_instances,
+    varied,
+)
+
+OURS = "proposed"
+SCHEMES: dict[str, tuple[Block, ...]] = {
+    OURS: BLOCKS,
+    "a": (),
+    "b": ("split", "rank"),
+    "c": ("links", "rank"),
+    "d": ("links", "split"),
+}
+"""What each may choose; section VII-C."""
+FIGURES = {
+    "5": "bandwidth_hz",
+    "6": "client_flop_per_cycle",
+    "7": "server_hz",
+    "8": "client_dbm",
+}
+"""The paper's figures and the keys that they vary."""
+SPREAD = (10, 90)
+"""Percentiles over cells that the figures show."""
+CONVEX_CELLS = 20
+"""Cells in which the convex programme is solved too, beside all small instances."""
+EQUAL = 1e-9
+"""Delays that differ by less are equal."""
+
+log = logging.getLogger("splitfrozen.plan")
+
+
+def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
+    """Solve the problem of a file; with `out`, write figures and data there.
+
+    Raises ConfigError, PlanError, StoreError.
+    """
+    spec = load(content)
+    given = rounds(spec, source.parent)
+    data: dict[str, Any] = {
+        "system": spec.system,
+        "file": str(source),
+        "rounds": {str(rank): value for rank, value in given.items()},
+        "cells": spec.cells,
+        **_saved(spec, given),
+        **_checked(spec, given),
+        "large": _large(spec, given),
+    }
+    data["figures"] = [_figure(spec, given, number) for number in FIGURES]
+    data["claims"] = {figure["figure"]: _claims(figure) for figure in data["figures"]}
+    data["order"] = {
+        number: all(holds for name, holds in claims.items() if name in ORDER)
+        for number, claims in data["claims"].items()
+    }
+    text = _text(data, given)
+    if out is not None:
+        text += "\n\n" + "\n".join(f"wrote {path}" for path in _write(source, data, out))
+    return Outcome(data, text)
+
+
+# --- one cell --------------------------------------------------------------------------------
+
+
+def plans(spec: Experiment, problem: Problem, number: int) -> dict[str, Plan]:
+    """What every scheme chooses in cell `number`."""
+    random = rng.stream(spec.seed, "start", number)
+    owners = shared_out(problem.main, random), shared_out(problem.federated, random)
+    split = int(random.choice(sorted(problem.workloads)))
+    rank = int(random.choice(sorted(problem.rounds)))
+    start = fedsllm.evenly(problem, owners, split, rank)
+    return {name: fedsllm.descend(problem, start, free) for name, free in SCHEMES.items()}
+
+
+def _delays(
+    spec: Experiment, given: Mapping[int, float]
+) -> tuple[dict[str, Doubles], list[tuple[int, int]]]:
+    """Delay by scheme, s, and our split and rank, in all cells."""
+    found: dict[str, list[float]] = {name: [] for name in SCHEMES}
+    ours: list[tuple[int, int]] = []
+    for number in range(spec.cells):
+        problem = drawn(spec, given, number)
+        chosen = plans(spec, problem, number)
+        ours.append((chosen[OURS].split, chosen[OURS].rank))
+        for name, one in chosen.items():
+            found[name].append(time_s(problem, one))
+    return {name: np.array(values) for name, values in found.items()}, ours
+
+
+# --- the whole study -------------------------------------------------------------------------
+
+
+def _saved(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
+    """By how much less the mean delay is in the setting of the file."""
+    delays, chosen = _delays(spec, given)
+    means = {name: float(values.mean()) for name, values in delays.items()}
+    (split, rank), _ = Counter(chosen).most_common(1)[0]
+    saved = {name: 1 - means[OURS] / mean for name, mean in means.items() if name != OURS}
+    return {
+        "delay_saved": saved["a"],
+        "paper_delay_saved": spec.paper.delay_saved,
+        "delay_saved_against": saved,
+        "delay_s": means,
+        "run": {"model": {"cut": split}, "lora": {"rank": rank}, "method": {"name": "fedsllm"}},
+    }
+
+
+def _checked(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
+    """The descent against the optimum, and the two solvers for the power against each other."""
+    ours, papers, powers, choices = [], [], [], set[tuple[int, int]]()
+    for number, problem in small_instances(spec, given):
+        best = fedsllm.optimum(problem)
+        choices.add((best.split, best.rank))
+        least, greedy = time_s(problem, best), fedsllm.solve(problem, search=False)
+        ours.append(time_s(problem, fedsllm.solve(problem)) / least - 1)
+        papers.append(time_s(problem, greedy) / least - 1)
+        powers.append(_power_gap(spec, fedsllm.activations(problem, best.split, best.rank), number))
+    log.info("%d small instances are enumerated", len(ours))
+    for number in range(min(spec.cells, CONVEX_CELLS)):
+        problem = drawn(spec, given, number)
+        uploads = fedsllm.activations(problem, 1, 1), fedsllm.adapters(problem, 1, 1)
+        powers += [_power_gap(spec, upload, number) for upload in uploads]
+    return {
+        "power_gap": max(powers),
+        "power_instances": len(powers),
+        "descent_gap_mean": float(np.mean(ours)),
+        "descent_gap_max": max(ours),
+        "descent_instances": len(ours),
+        "descent_choices": len(choices),
+        "paper_greedy_gap_mean": float(np.mean(papers)),
+        "paper_greedy_gap_max": max(papers),
+    }
+
+
+def _power_gap(spec: Experiment, upload: Upload, number: int) -> float:
+    """Relative difference of the ends that the two solvers find, for drawn subchannels."""
+    owner = shared_out(upload.link, rng.stream(spec.seed, "power", number))
+    exact = end_s(upload, by_bisection(upload, owner))
+    return abs(end_s(upload, by_convex(upload, owner)) / exact - 1)
+
+
+def _large(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
+    """One plan for many; with fading, or there would be nothing to choose but powers."""
+    problem = large_instance(spec, given)
+    chosen = fedsllm.solve(problem)
+    broken = fedsllm.violated(problem, chosen)
+    assert broken is None, broken
+    return {
+        "clients": problem.main.clients,
+        "subchannels": problem.main.subchannels,
+        "split": chosen.split,
+        "rank": chosen.rank,
+        "delay_s": time_s(problem, chosen),
+    }
+
+
+def large_instance(spec: Experiment, given: Mapping[int, float]) -> Problem:
+    """The one of [large]."""
+    own = sized(spec, spec.large.clients, spec.large.subchannels, rayleigh=True)
+    return drawn(own, given, 0)
+
+
+def _figure(spec: Experiment, given: Mapping[int, float], number: str) -> dict[str, Any]:
+    """Mean and spread of the delay over the cells, by scheme, at every value of a key."""
+    key = FIGURES[number]
+    values: Sequence[float] = getattr(spec.figures, key)
+    found = [_delays(varied(spec, key, value), given)[0] for value in values]
+    log.info("figure %s is computed", number)
+    return {
+        "figure": number,
+        "vary": key,
+        "values": list(values),
+        "delay_s": {
+            name: {
+                "mean": [float(one[name].mean()) for one in found],
+                "low": [float(np.percentile(one[name], SPREAD[0])) for one in found],
+                "high": [float(np.percentile(one[name], SPREAD[1])) for one in found],
+            }
+            for name in SCHEMES
+        },
+    }
+
+
+ORDER = ("proposed is least", "a is most", "d is above b")
+
+
+def _claims(figure: Mapping[str, Any]) -> dict[str, bool]:
+    """What section VII-C says of the curves, and whether these do it, by their means.
+
+    The first three, `ORDER`, are of how curves lie, in every figure; the text says the third of
+    figure 7. The others are of how they go, each in the figure of which the text says it.
+    """
+    mean = {name: np.array(one["mean"]) for name, one in figure["delay_s"].items()}
+    ours, others = mean[OURS], [mean[name] for name in SCHEMES if name != OURS]
+    claims = {
+        ORDER[0]: all(bool(np.all(ours <= other * (1 + EQUAL))) for other in others),
+        ORDER[1]: all(bool(np.all(mean["a"] >= other * (1 - EQUAL))) for other in others),
+        ORDER[2]: bool(np.all(mean["d"] > mean["b"])),
+        "all fall": all(bool(np.all(np.diff(one) <= EQUAL * one[:-1])) for one in mean.values()),
+    }
+    gaps = {name: mean[name] - ours for name in ("b", "c")}
+    if figure["figure"] == "5":
+        claims["b comes nearer"] = bool(gaps["b"][-1] < gaps["b"][0])
+    if figure["figure"] == "6":
+        claims["c comes nearer"] = bool(gaps["c"][-1] < gaps["c"][0])
+    if figure["figure"] == "7":
+        part = gaps["b"] / mean["b"]
+        claims["more is saved against b"] = bool(part[-1] > part[0])
+    return claims
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def _text(data: Mapping[str, Any], given: Mapping[int, float]) -> str:
+    lines = [
+        f"E(r): {rounds_text(given)}",
+        f"Power, {data['power_instances']} instances: convex programme and bisection differ by at "
+        f"most {data['power_gap']:.1e} (allowed: 1e-6)",
+        f"Descent, {data['descent_instances']} enumerated instances: over the optimum by "
+        f"{abs(data['descent_gap_mean']):.3%} on average (allowed: 1 %), "
+        f"{abs(data['descent_gap_max']):.3%} at most (allowed: 5 %)",
+        f"  with the paper's greedy subchannels: {data['paper_greedy_gap_mean']:.3%} and "
+        f"{data['paper_greedy_gap_max']:.3%}",
+        "{clients} clients, {subchannels} subchannels: split {split}, rank {rank}, "
+        "{delay_s:.4g} s".format(**data["large"]),
+        f"Delay saved against baseline a: {data['delay_saved']:.1%} "
+        f"(paper: about {data['paper_delay_saved']:.0%}); against "
+        + ", ".join(f"{name} {part:.1%}" for name, part in data["delay_saved_against"].items()),
+    ]
+    for figure in data["figures"]:
+        header = (figure["vary"], *figure["delay_s"])
+        columns = [one["mean"] for one in figure["delay_s"].values()]
+        rows = [
+            (f"{value:g}", *(f"{mean:.1f}" for mean in means))
+            for value, *means in zip(figure["values"], *columns, strict=True)
+        ]
+        lines += ["", f"Figure {figure['figure']}: mean delay, s", table(header, rows)]
+        claims = data["claims"][figure["figure"]]
+        lines += [
+            "; ".join(f"{name}: {'yes' if holds else 'no'}" for name, holds in claims.items())
+        ]
+    return "\n".join(lines)
+
+
+def _write(source: Path, data: Mapping[str, Any], out: Path) -> list[Path]:
+    """Data with its environment, the curves as CSV, and the picture."""
+    paths = [out / f"{source.stem}{ending}" for ending in (".json", ".csv", ".png")]
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        result = {**data, "environment": environment()}
+        write_whole(paths[0], json.dumps(result, indent=2).encode() + b"\n")
+        with paths[1].open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("figure", "vary", "value", "scheme", "mean_s", "low_s", "high_s"))
+            for figure in data["figures"]:
+                for name, curve in figure["delay_s"].items():
+                    columns = (curve["mean"], curve["low"], curve["high"])
+                    for value, *numbers in zip(figure["values"], *columns, strict=True):
+                        writer.writerow((figure["figure"], figure["vary"], value, name, *numbers))
+        drawings.draw(data, paths[2])
+    return paths

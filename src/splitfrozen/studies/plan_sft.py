@@ -1,0 +1,393 @@
+"""`plan` for SFT: both timescales solved, checked against other ways, and compared with benchmarks.
+
+P1 is solved once, for the channel that the file plans for; then P2 in every round, for the channel
+that is drawn for it. docs/planning.md says what is compared and where it differs from the paper.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splitfrozen import rng
+from splitfrozen.disk import explained, write_whole
+from splitfrozen.planning import bandwidth, sft, sft_delay
+from splitfrozen.planning.bandwidth import Band, Demand, Reals
+from splitfrozen.planning.sft import Choice, Grid, Problem
+from splitfrozen.planning.sft_delay import System
+from splitfrozen.records import Outcome
+from splitfrozen.runs.summary import table
+from splitfrozen.studies import plan_sft_figures as figures
+from splitfrozen.studies.environment import environment
+from splitfrozen.studies.plan_sft_file import (
+    Experiment,
+    channel,
+    load,
+    problem_of,
+    system_of,
+    widened,
+)
+
+OURS = "sft"
+SCHEMES = {
+    OURS: "SFT",
+    "equal": "SFT, equal bandwidth",
+    "random": "SFT, random bandwidth",
+    "uncompressed": "SFT without compression",
+    "fl": "FL with LoRA",
+    "sl": "SL",
+}
+P2_INSTANCES = 100
+CLOSE = 1e-3
+"""Algorithm 3 is to come so close to the exact solution of P2."""
+P1_INSTANCES = 20
+RATES, FEWER_RATES = 401, 101
+"""Keep rates of the grid that P1 is searched over: the file's, and drawn ones."""
+LEAST_SHARE, MOST_SHARE = 0.5, 1.5
+"""Random bandwidth is in proportion to weights between these: of weights down to 0 the mean delay
+would be infinite."""
+
+log = logging.getLogger("splitfrozen.plan")
+
+
+def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
+    """Solve the problem of a file; with `out`, write figures and data there.
+
+    Raises ConfigError, DataError, PlanError, StoreError.
+    """
+    spec = load(content)
+    system = system_of(spec)
+    problem = problem_of(spec, system, source.parent)
+    choice = sft.solve(problem)
+    log.info("P1 is solved; it is searched for comparison")
+    paper_ratio = float(problem.ratio(spec.paper.rho, spec.paper.levels))
+    chosen = _compare(spec, system, choice.blocks, choice.ratio)
+    data: dict[str, Any] = {
+        "system": spec.system,
+        "file": str(source),
+        "p1": _p1(spec, problem, choice),
+        "p2": _p2(spec, system),
+        "rounds": spec.rounds,
+        **chosen,
+        "at_paper_setting": _compare(spec, system, spec.paper.blocks, paper_ratio),
+        "paper": _published(spec),
+        "run": _run(choice),
+    }
+    bands = [_over(spec, system, choice, total_hz) for total_hz in spec.figures.total_hz]
+    data["band_saved"] = _band_saved(bands)
+    shown = {
+        "bandwidth": bands,
+        "memory": _memory(problem),
+        "accuracy": _accuracy(problem, choice),
+        "coding": _coding(choice),
+    }
+    text = _told(spec, data)
+    if out is not None:
+        text += ["", *(f"wrote {path}" for path in _write(source, data, shown, out))]
+    return Outcome(data, "\n".join(text))
+
+
+def _run(choice: Choice) -> dict[str, Any]:
+    """What the plan makes of a run's file."""
+    codec = f"topk:{choice.rho:.4g}:{choice.levels}"
+    return {
+        "model": {"cut": choice.blocks},
+        "method": {"name": "sft", "gradients": codec},
+        "wire": {"codec": codec},
+    }
+
+
+# --- large timescale -----------------------------------------------------------------------------
+
+
+def _p1(spec: Experiment, problem: Problem, choice: Choice) -> dict[str, Any]:
+    grid = Grid.of(problem, RATES)
+    searched, multiplied = sft.search(problem, grid), sft.lagrange(problem, grid)
+    return {
+        **_told_choice(choice),
+        "bits_per_element": choice.ratio * sft_delay.FLOAT_BITS,
+        "least_accuracy": problem.least_accuracy,
+        "surface": {
+            "model": problem.surface.model,
+            "data": problem.surface.data,
+            "mse": problem.surface.mse,
+        },
+        "gap": choice.delay_s / searched.delay_s - 1,
+        "brute_force": _told_choice(searched),
+        "algorithm2": multiplied
+        and {
+            **_told_choice(multiplied),
+            "gap": multiplied.delay_s / choice.delay_s - 1,
+            "steps": multiplied.steps,
+        },
+        "drawn": _drawn_gaps(spec, problem),
+    }
+
+
+def _drawn_gaps(spec: Experiment, problem: Problem) -> dict[str, Any]:
+    """How much worse the exact solution is than brute force, and Algorithm 2 than the exact one."""
+    gaps, others, blocks = [], [], set()
+    for number in range(P1_INSTANCES):
+        drawn = _drawn_p1(spec, problem, number)
+        grid, solved = Grid.of(drawn, FEWER_RATES), sft.solve(drawn)
+        multiplied = sft.lagrange(drawn, grid)
+        gaps.append(solved.delay_s / sft.search(drawn, grid).delay_s - 1)
+        blocks.add(solved.blocks)
+        if multiplied is not None:
+            others.append(multiplied.delay_s / solved.delay_s - 1)
+    return {
+        "instances": P1_INSTANCES,
+        "blocks": sorted(blocks),
+        "max_gap": max(gaps),
+        "algorithm2_settled": len(others),
+        "algorithm2_max_gap": max(others, default=None),
+    }
+
+
+def _drawn_p1(spec: Experiment, problem: Problem, number: int) -> Problem:
+    """P1 with other machines: servers so slow that deep cuts pay, memories that forbid some."""
+    draw = rng.stream(spec.seed, "p1", number)
+    own = problem.system
+    speeds = own.flops * draw.uniform(0.5, 2, len(own.devices))
+    least, most = (problem.memory_bytes(blocks) for blocks in problem.bounds.blocks)
+    memories = draw.uniform(1.01 * least, 1.2 * most) * draw.uniform(1, 1.5, len(own.devices))
+    devices = tuple(
+        replace(one, flops=float(flops), memory_bytes=float(memory))
+        for one, flops, memory in zip(own.devices, speeds, memories, strict=True)
+    )
+    server = float(own.flops.sum() * 10 ** draw.uniform(-1.5, 0.5))
+    corners = problem.surface.accuracy(*np.meshgrid(problem.bounds.rho, problem.bounds.levels))
+    wanted = draw.uniform(corners.min(), corners.max())
+    system = replace(own, devices=devices, server_flops=server)
+    return replace(problem, system=system, least_accuracy=float(wanted))
+
+
+def _told_choice(choice: Choice) -> dict[str, Any]:
+    told = asdict(choice)
+    del told["steps"]
+    return told
+
+
+# --- small timescale -----------------------------------------------------------------------------
+
+
+def _p2(spec: Experiment, system: System) -> dict[str, Any]:
+    """Algorithm 3 against the exact solution."""
+    gaps, steps = [], []
+    for number in range(P2_INSTANCES):
+        demand, band = _drawn_p2(spec, system, number)
+        found = bandwidth.successive(demand, band)
+        gaps.append(found.delay_s / bandwidth.exact(demand, band).delay_s - 1)
+        steps.append(found.steps)
+    return {
+        "instances": P2_INSTANCES,
+        "within": sum(gap <= CLOSE for gap in gaps) / P2_INSTANCES,
+        "max_gap": max(gaps),
+        "mean_steps": sum(steps) / P2_INSTANCES,
+    }
+
+
+def _drawn_p2(spec: Experiment, system: System, number: int) -> tuple[Demand, Band]:
+    """A round of 2 to 16 devices that differ by a factor of 10 in speed and by 30 dB."""
+    draw = rng.stream(spec.seed, "p2", number)
+    count = int(draw.integers(2, 17))
+    total_hz = float(10 ** draw.uniform(6, 8))
+    first = system.devices[0]
+    devices = tuple(
+        replace(first, id=f"{place}", flops=float(flops), most_hz=float(part * total_hz))
+        for place, (flops, part) in enumerate(
+            zip(10 ** draw.uniform(11, 12, count), draw.uniform(0.05, 1, count), strict=True)
+        )
+    )
+    drawn = replace(system, devices=devices, total_hz=total_hz)
+    blocks = int(draw.integers(1, system.shape.blocks))
+    ratio, snr = 10 ** draw.uniform(-2, 0), 10 ** draw.uniform(0, 3, count)
+    return sft_delay.round_demand(drawn, blocks, ratio, snr), drawn.band
+
+
+def _compare(spec: Experiment, system: System, blocks: int, ratio: float) -> dict[str, Any]:
+    """Seconds and bytes of all rounds by scheme, and what SFT saves against each."""
+    delays = dict.fromkeys(SCHEMES, sft_delay.first_round_s(system, blocks))
+    delays["fl"] = sft_delay.first_round_s(system, system.shape.blocks)
+    for number in range(spec.rounds):
+        for scheme, seconds in _round(spec, system, (blocks, ratio), number).items():
+            delays[scheme] += seconds
+    compressed = sft_delay.split_bytes(system, blocks, ratio)
+    sent = dict.fromkeys(SCHEMES, compressed)
+    sent["uncompressed"] = sft_delay.split_bytes(system, blocks, 1.0)
+    sent["fl"] = sft_delay.federated_bytes(system)
+    sent["sl"] = sft_delay.split_bytes(system, blocks, 1.0, sequential=True)
+    return {
+        "delay_s": delays,
+        "bytes": sent,
+        "delay_saved": _saved(delays),
+        "bytes_saved": _saved(sent),
+    }
+
+
+def _round(
+    spec: Experiment, system: System, setting: tuple[int, float], number: int
+) -> dict[str, float]:
+    """Seconds of one round by scheme; only SFT's benchmarks by bandwidth do without P2."""
+    (blocks, ratio), snr, band = setting, channel(spec, number), system.band
+    demand = sft_delay.round_demand(system, blocks, ratio, snr)
+    plain = sft_delay.round_demand(system, blocks, 1.0, snr)
+    equal, random = _shares(spec, band, number)
+    return {
+        OURS: float(bandwidth.least_delay(demand, band)),
+        "equal": float(demand.delays(equal).max()),
+        "random": float(demand.delays(random).max()),
+        "uncompressed": float(bandwidth.least_delay(plain, band)),
+        "fl": float(bandwidth.least_delay(sft_delay.federated_demand(system, snr), band)),
+        "sl": sft_delay.sequential_s(system, blocks, snr),
+    }
+
+
+def _shares(spec: Experiment, band: Band, number: int) -> Iterator[Reals]:
+    """Equal and random bandwidths of a round."""
+    count = len(band.most_hz)
+    draw = rng.stream(spec.seed, "shares", number)
+    for weights in (np.ones(count), draw.uniform(LEAST_SHARE, MOST_SHARE, count)):
+        yield bandwidth.shares(weights, band)
+
+
+def _saved(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: 1 - values[OURS] / value for name, value in values.items() if name != OURS}
+
+
+# --- what the figures show -----------------------------------------------------------------------
+
+
+def _over(spec: Experiment, system: System, choice: Choice, total_hz: float) -> dict[str, float]:
+    """Figure 9: mean seconds of a round with another bandwidth, of what shares it in three ways."""
+    other, setting = widened(system, total_hz), (choice.blocks, choice.ratio)
+    rounds = [_round(spec, other, setting, number) for number in range(spec.rounds)]
+    means = {
+        name: float(np.mean([one[name] for one in rounds])) for name in (OURS, "equal", "random")
+    }
+    return {"total_hz": total_hz, **means}
+
+
+def _band_saved(rows: list[dict[str, float]]) -> float | None:
+    """The most that the bandwidths of P2 take off a round, over those of the figure."""
+    saved = (1 - row[OURS] / max(row["equal"], row["random"]) for row in rows)
+    return max(saved, default=None)
+
+
+def _memory(problem: Problem) -> dict[str, Any]:
+    """Figure 6: bytes of a device by its blocks; with all of them it is FL's."""
+    every = range(1, problem.system.shape.blocks + 1)
+    held = min(one.memory_bytes for one in problem.system.devices)
+    return {"bytes": [problem.memory_bytes(blocks) for blocks in every], "held": held}
+
+
+def _accuracy(problem: Problem, choice: Choice) -> dict[str, Any]:
+    """Figures 3 and 7: accuracy by keep rate, for the levels that were measured."""
+    points = [list(point) for point in problem.surface.points]
+    rates = np.linspace(*problem.bounds.rho, 101)
+    levels = sorted({point[1] for point in problem.surface.points})
+    return {
+        "model": problem.surface.model,
+        "points": points,
+        "rho": rates.tolist(),
+        "curves": {str(one): problem.surface.accuracy(rates, one).tolist() for one in levels},
+        "reference": problem.surface.reference,
+        "least": problem.least_accuracy,
+        "chosen": [choice.rho, choice.levels, choice.accuracy],
+    }
+
+
+def _coding(choice: Choice) -> dict[str, float]:
+    """Figure 8b: bits an element after each step of the compression."""
+    kept, bits = choice.rho, 1 + float(np.log2(choice.levels))
+    return {
+        "float32": float(sft_delay.FLOAT_BITS),
+        "Top-K": 1 + kept * sft_delay.FLOAT_BITS,
+        "and quantised": 1 + kept * bits,
+        "and coded": choice.ratio * sft_delay.FLOAT_BITS,
+    }
+
+
+def _published(spec: Experiment) -> dict[str, Any]:
+    own = spec.paper
+    return {
+        "rho": own.rho,
+        "levels": own.levels,
+        "blocks": own.blocks,
+        "delay_saved": own.delay_saved,
+        "bytes_saved": own.bytes_saved,
+        "band_saved": own.band_saved,
+        "minutes": dict(own.minutes),
+    }
+
+
+# --- text and files ------------------------------------------------------------------------------
+
+
+def _told(spec: Experiment, data: Mapping[str, Any]) -> list[str]:
+    p1, p2, drawn, own = data["p1"], data["p2"], data["p1"]["drawn"], spec.paper
+    second = p1["algorithm2"]
+    lines = [
+        f"P1: keep rate {p1['rho']:.3f}, {p1['levels']} levels, {p1['blocks']} of the blocks on "
+        f"devices: {p1['bits_per_element']:.2f} bits an element, accuracy {p1['accuracy']:.4f} "
+        f"(at least {p1['least_accuracy']:.4f}), {p1['delay_s'] / 60:.1f} minutes as planned",
+        f"    against brute force {p1['gap']:+.3%}; Algorithm 2 "
+        + (f"{second['gap']:+.3%} in {second['steps']} steps" if second else "does not settle"),
+        f"    {drawn['instances']} drawn problems: against brute force at most "
+        f"{drawn['max_gap']:+.3%}; Algorithm 2 settles in {drawn['algorithm2_settled']}",
+        f"P2: Algorithm 3 within {CLOSE:.1%} of the exact solution in {p2['within']:.0%} of "
+        f"{p2['instances']} drawn instances, at most {p2['max_gap']:.2g} off",
+    ]
+    if data["band_saved"] is not None:
+        lines.append(
+            f"    saves up to {data['band_saved']:.1%} of a round against equal or random "
+            f"bandwidth; the paper {own.band_saved:.1%}"
+        )
+    lines += ["", f"{data['rounds']} rounds as planned:", _table(data, own.minutes, beside=False)]
+    there = data["at_paper_setting"]
+    lines += [
+        "",
+        f"{data['rounds']} rounds with the paper's keep rate {own.rho:g}, {own.levels} levels and "
+        f"{own.blocks} blocks:",
+        _table(there, own.minutes, beside=True),
+        f"saved against SFT without compression: {there['delay_saved']['uncompressed']:.1%} of the "
+        f"delay and {there['bytes_saved']['uncompressed']:.1%} of the bytes; "
+        f"the paper: {own.delay_saved:.1%} and {own.bytes_saved:.1%}",
+    ]
+    return lines
+
+
+def _table(found: Mapping[str, Any], paper: Mapping[str, float], *, beside: bool) -> str:
+    rows = []
+    for scheme, name in SCHEMES.items():
+        row = [name, f"{found['delay_s'][scheme] / 60:.1f}"]
+        row += [f"{paper[scheme]:.1f}" if scheme in paper else "-"] if beside else []
+        row += [_percent(found["delay_saved"].get(scheme))]
+        row += [f"{found['bytes'][scheme] / 1e9:.2f}", _percent(found["bytes_saved"].get(scheme))]
+        rows.append(row)
+    paper_column = ["paper"] if beside else []
+    return table(["scheme", "minutes", *paper_column, "saved", "GB", "saved"], rows)
+
+
+def _percent(part: float | None) -> str:
+    if part is None:
+        return "-"
+    return f"{part:.1%}" if part > -1 else f"{1 - part:.1f} times as much"
+
+
+def _write(source: Path, data: dict[str, Any], shown: dict[str, Any], out: Path) -> Iterator[Path]:
+    """The result with what its figures show, and the figures."""
+    path = out / f"{source.stem}.json"
+    result = {**data, "figures": shown, "environment": environment()}
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
+    yield path
+    with explained(out):
+        yield from figures.draw(result, out)

@@ -1,0 +1,250 @@
+"""The file of `splitfrozen plan` with `system = "sft"` as specs, and what is planned from it.
+
+    rounds, seed         T, and of all that is drawn
+    [model]     ModelPart      shape, LoRA, batch
+    [devices]   DevicesPart    how many, how fast, with how much memory and how many samples
+    [server]    ServerPart     its speed
+    [channel]   ChannelPart    bandwidth and signal-to-noise ratios
+    [bounds]    BoundsPart     of the three variables of P1
+    [accuracy]  AccuracyPart   how accurate which compression is, and how accurate it is to be
+    [figures]   FiguresPart    what the delay is drawn over
+    [paper]     PaperPart      its setting and results, to print beside
+
+experiments/sft.toml is an example with sources; docs/planning.md lists the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from msgspec import Meta, field
+
+from splitfrozen import rng
+from splitfrozen.config import Above0, Natural, Spec, Whole, convert
+from splitfrozen.errors import ConfigError, DataError
+from splitfrozen.planning import surface as surfaces
+from splitfrozen.planning.bandwidth import Reals
+from splitfrozen.planning.sft import Bounds, Problem
+from splitfrozen.planning.sft_delay import Device, System
+from splitfrozen.planning.surface import Kept, Levels, Point, Share, Surface
+from splitfrozen.simulation.experiment import SHAPES
+
+DOCUMENT = "docs/planning.md"
+Decibels = Annotated[float, Meta(ge=-50, le=100)]
+
+
+class ModelPart(Spec, frozen=True):
+    """`tokens`: N of a sample. `batch`: samples of a device's step. `rank`: of LoRA. `moments`:
+    that the optimiser keeps: 1 for SGD with momentum, 2 for Adam."""
+
+    shape: Literal["gpt2-small", "vit-base"]
+    tokens: Whole
+    batch: Whole
+    rank: Whole
+    moments: Literal[0, 1, 2] = 1
+
+
+class DevicesPart(Spec, frozen=True):
+    """`flops`: least and most FLOP/s; each device's is drawn between them. `samples`: of each, a
+    round. `most_hz`: bandwidth of each at most, by default all there is."""
+
+    count: Annotated[int, Meta(ge=1, le=1000)]
+    flops: tuple[Above0, Above0]
+    memory_bytes: Above0
+    samples: Whole
+    most_hz: Above0 | None = None
+
+
+class ServerPart(Spec, frozen=True):
+    """`flops`: FLOP/s of the whole server."""
+
+    flops: Above0
+
+
+class ChannelPart(Spec, frozen=True):
+    """`total_hz`: of all devices. `snr_db`: of uplinks, which P1 plans for; in each round each
+    device's is drawn from a normal distribution about it with deviation `spread_db`.
+    `server_snr_db`: of all that the server sends."""
+
+    total_hz: Above0
+    snr_db: Decibels
+    server_snr_db: Decibels
+    spread_db: Annotated[float, Meta(ge=0, le=30)] = 0.0
+
+
+class BoundsPart(Spec, frozen=True):
+    """Least and most keep rate, levels, and blocks on the devices."""
+
+    rho: tuple[Kept, Kept]
+    levels: tuple[Levels, Levels]
+    blocks: tuple[Whole, Whole]
+
+
+class AccuracyPart(Spec, frozen=True):
+    """`loss`: how much less accurate than without compression it may be, as a share of 1.
+    `surface`: file that scripts/measure_surface.py wrote; or instead `points` of [keep rate,
+    levels, accuracy], and `reference`, the accuracy without compression."""
+
+    loss: Share
+    surface: str | None = None
+    points: tuple[Point, ...] = ()
+    reference: Share | None = None
+
+    def __post_init__(self) -> None:
+        inline = bool(self.points) and self.reference is not None
+        if inline == (self.surface is not None) or bool(self.points) != inline:
+            raise ConfigError(
+                "`accuracy` is wrong",
+                got=", ".join(
+                    key for key in ("surface", "points", "reference") if getattr(self, key)
+                )
+                or "neither",
+                allowed="`surface` alone, or `points` with `reference`",
+                remedy="name the file of a surface, or give measured points",
+            )
+
+
+class FiguresPart(Spec, frozen=True):
+    """`total_hz`: bandwidths that the delay is drawn over."""
+
+    total_hz: tuple[Above0, ...] = ()
+
+
+class PaperPart(Spec, frozen=True):
+    """The setting that the paper reports, and what it reports: parts of 1 that are saved against
+    SFT without compression (`band_saved`: of a round, by its bandwidths, against other shares), and
+    minutes by scheme."""
+
+    rho: Kept
+    levels: Levels
+    blocks: Whole
+    delay_saved: Share
+    bytes_saved: Share
+    band_saved: Share
+    minutes: dict[str, Above0] = field(default_factory=dict)
+
+
+class Experiment(Spec, frozen=True):
+    """A whole file."""
+
+    system: Literal["sft"]
+    rounds: Annotated[int, Meta(ge=1, le=10_000)]
+    model: ModelPart
+    devices: DevicesPart
+    server: ServerPart
+    channel: ChannelPart
+    bounds: BoundsPart
+    accuracy: AccuracyPart
+    paper: PaperPart
+    figures: FiguresPart = FiguresPart()
+    seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        for key, (least, most) in (
+            ("devices.flops", self.devices.flops),
+            ("bounds.rho", self.bounds.rho),
+            ("bounds.levels", self.bounds.levels),
+            ("bounds.blocks", self.bounds.blocks),
+        ):
+            if least > most:
+                raise _bad(key, [least, most], "the least before the most", "exchange them")
+        blocks = SHAPES[self.model.shape]().blocks
+        for key, most in (
+            ("bounds.blocks", self.bounds.blocks[1]),
+            ("paper.blocks", self.paper.blocks),
+        ):
+            if most >= blocks:
+                allowed = f"1..{blocks - 1}, as {self.model.shape} has {blocks} blocks"
+                raise _bad(key, most, allowed, "lower it: the server has one at least")
+
+
+def load(table: dict[str, Any]) -> Experiment:
+    """The file's tables as a spec. Raises ConfigError."""
+    return convert(table, Experiment, DOCUMENT)
+
+
+def system_of(spec: Experiment) -> System:
+    """Devices, drawn by the file's seed, and their server."""
+    speeds = rng.stream(spec.seed, "devices").uniform(*spec.devices.flops, spec.devices.count)
+    own, most_hz = spec.devices, spec.devices.most_hz or spec.channel.total_hz
+    return System(
+        shape=SHAPES[spec.model.shape](),
+        tokens=spec.model.tokens,
+        batch=spec.model.batch,
+        rank=spec.model.rank,
+        moments=spec.model.moments,
+        devices=tuple(
+            Device(f"device-{number:03}", float(flops), own.memory_bytes, own.samples, most_hz)
+            for number, flops in enumerate(speeds)
+        ),
+        server_flops=spec.server.flops,
+        total_hz=spec.channel.total_hz,
+        server_snr=_ratio(spec.channel.server_snr_db),
+        rounds=spec.rounds,
+    )
+
+
+def widened(system: System, total_hz: float) -> System:
+    """The same devices with another bandwidth, of which each may have the same part."""
+    factor = total_hz / system.total_hz
+    devices = tuple(replace(one, most_hz=one.most_hz * factor) for one in system.devices)
+    return replace(system, total_hz=total_hz, devices=devices)
+
+
+def channel(spec: Experiment, number: int) -> Reals:
+    """Signal-to-noise ratios of the devices' uplinks in round `number`, float64 [N]."""
+    drawn = rng.stream(spec.seed, "channel", number).normal(0, 1, spec.devices.count)
+    return np.asarray(_ratio(spec.channel.snr_db + spec.channel.spread_db * drawn))
+
+
+def problem_of(spec: Experiment, system: System, folder: Path) -> Problem:
+    """P1 of a file in `folder`. Raises ConfigError, DataError."""
+    surface = _surface(spec.accuracy, folder)
+    own = spec.bounds
+    measured = [point[:2] for point in surface.points]
+    _refuse_beyond("bounds.rho", own.rho, [rho for rho, _ in measured])
+    _refuse_beyond("bounds.levels", own.levels, [levels for _, levels in measured])
+    return Problem(
+        system=system,
+        snr=np.full(spec.devices.count, _ratio(spec.channel.snr_db)),
+        surface=surface,
+        least_accuracy=surface.reference - spec.accuracy.loss,
+        bounds=Bounds(own.rho, own.levels, own.blocks),
+    )
+
+
+def _surface(part: AccuracyPart, folder: Path) -> Surface:
+    if part.surface is None:
+        assert part.reference is not None
+        return surfaces.fit(part.points, part.reference, "the file's points", "")
+    path = folder / part.surface
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the accuracy surface {path} cannot be read",
+            got=getattr(error, "strerror", None) or str(error),
+            allowed="a file that scripts/measure_surface.py wrote",
+            remedy="mend `accuracy.surface`, or measure it: python scripts/measure_surface.py",
+        ) from error
+    return surfaces.read(data, str(path))
+
+
+def _refuse_beyond(key: str, bounds: tuple[float, float], measured: Sequence[float]) -> None:
+    """A polynomial says nothing of what is outside of its points."""
+    least, most = min(measured), max(measured)
+    if bounds[0] < least or bounds[1] > most:
+        allowed = f"within {least:g} to {most:g}, where the accuracy was measured"
+        raise _bad(key, list(bounds), allowed, "narrow it, or measure more points")
+
+
+def _ratio(decibels: Any) -> Any:
+    return 10 ** (decibels / 10)
+
+
+def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
+    return ConfigError(f"`{key}` is wrong", got=got, allowed=allowed, remedy=remedy)

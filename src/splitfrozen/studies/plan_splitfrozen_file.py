@@ -1,0 +1,202 @@
+"""The file of `plan` for SplitFrozen as specs, and the network that it describes.
+
+    [model]     ModelPart    shape, cut, rank
+    [data]      DataPart     how it goes through training
+    [server]    MachinePart  its speed
+    [[devices]] DeviceGroup  equal devices: how many, how fast, how much data, their links
+    [[codecs]]  CodecPart    settings to choose from; the first is for going without a choice
+    [limits]    LimitsPart   accuracy budget, least depth; optional
+    [air]       AirPart      what uplinks divide; optional
+    [check] [crowd] [figure] CheckPart, CrowdPart, FigurePart: what else is measured; optional
+
+experiments/splitfrozen-plan.toml is an example with reasons.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from splitfrozen.config import Above0, Natural, Spec, Whole
+from splitfrozen.errors import ConfigError
+from splitfrozen.planning.makespan import Knob, Medium, Subchannels
+from splitfrozen.simulation.experiment import SHAPES, MachineGroup, MachinePart, named
+from splitfrozen.simulation.setting import Setting
+from splitfrozen.simulation.work import Counting
+from splitfrozen.studies.plan_splitfrozen_cases import FLOAT_BYTES, Case, Flow, Party, case
+
+MEGA = 1e6
+AtMost1 = Annotated[float, Meta(ge=0, le=1)]
+
+
+class ModelPart(Spec, frozen=True):
+    """`cut`: M. `rank`: of LoRA. `counting`: as in `simulation.work`."""
+
+    shape: Literal["gpt2-small", "vit-base"]
+    cut: Whole
+    rank: Whole
+    counting: Counting = "exact"
+
+    def __post_init__(self) -> None:
+        blocks = SHAPES[self.shape]().blocks
+        if self.cut >= blocks:
+            raise _bad(
+                "model.cut", self.cut, f"1..{blocks - 1}, as it has {blocks} blocks", "lower it"
+            )
+
+
+class DataPart(Spec, frozen=True):
+    """`tokens`: T of every sample. `batch_size`: over all devices. `reuse`: a sample is sent
+    "once", or in every epoch ("never")."""
+
+    tokens: Whole
+    batch_size: Whole
+    epochs: Whole = 1
+    reuse: Literal["once", "never"] = "once"
+
+
+class LimitsPart(Spec, frozen=True):
+    """`accuracy_loss`: the budget, as a fraction. `least_depth`: of every device."""
+
+    accuracy_loss: AtMost1 = 0.0
+    least_depth: Whole = 1
+
+
+class CodecPart(Spec, frozen=True):
+    """`bits`: of an activation's value on the wire. `accuracy_loss`: a fraction. `encode_mb_s`:
+    10^6 bytes of float32 a second on a device; left out where it takes no time."""
+
+    name: str
+    bits: Above0
+    accuracy_loss: AtMost1 = 0.0
+    encode_mb_s: Above0 | None = None
+
+
+class AirPart(Spec, frozen=True):
+    """What uplinks divide: `bps` of a medium, or `rates`: for each device, bit/s on each
+    subchannel."""
+
+    bps: Above0 | None = None
+    rates: tuple[tuple[Annotated[float, Meta(ge=0)], ...], ...] = ()
+
+
+class DeviceGroup(MachineGroup, frozen=True, kw_only=True):
+    """Equal devices. `samples`: of each, on average (need not be whole). `bps`: of each uplink,
+    unless [air] is divided. `memory_mb`: 10^6 bytes; left out for enough. `paper_depth`: what the
+    paper's rule gives them."""
+
+    samples: Above0
+    bps: Above0 | None = None
+    memory_mb: Above0 | None = None
+    paper_depth: Whole
+
+
+class CheckPart(Spec, frozen=True):
+    """`instances`: drawn networks that the planner is compared with brute force on."""
+
+    instances: Annotated[int, Meta(ge=1, le=10_000)]
+    seed: Natural = 0
+
+
+class CrowdPart(Spec, frozen=True):
+    """A drawn cell of many devices."""
+
+    clients: Annotated[int, Meta(ge=1, le=1000)]
+    subchannels: Annotated[int, Meta(ge=1, le=1000)]
+    seed: Natural = 0
+
+
+class FigurePart(Spec, frozen=True):
+    """`bps`: rates of every uplink for which the makespans are drawn."""
+
+    bps: Annotated[tuple[Above0, ...], Meta(min_length=2)]
+
+
+class PlanFile(Spec, frozen=True):
+    """A whole file."""
+
+    system: Literal["splitfrozen"]
+    model: ModelPart
+    data: DataPart
+    server: MachinePart
+    devices: Annotated[tuple[DeviceGroup, ...], Meta(min_length=1)]
+    codecs: Annotated[tuple[CodecPart, ...], Meta(min_length=1)]
+    limits: LimitsPart = LimitsPart()
+    air: AirPart | None = None
+    check: CheckPart | None = None
+    crowd: CrowdPart | None = None
+    figure: FigurePart | None = None
+
+    def __post_init__(self) -> None:
+        for key, names in (("devices", self.devices), ("codecs", self.codecs)):
+            twice = {one.name for one in names if [o.name for o in names].count(one.name) > 1}
+            if twice:
+                raise _bad(f"{key}.name", f"{min(twice)!r} twice", "each once", "rename one")
+        for number, group in enumerate(self.devices):
+            if group.paper_depth > self.model.cut:
+                allowed = f"1..{self.model.cut}, the cut"
+                raise _bad(f"devices[{number}].paper_depth", group.paper_depth, allowed, "lower it")
+            if (group.bps is None) == (self.air is None):
+                got = "a rate of its own beside [air]" if self.air else "neither a rate nor [air]"
+                raise _bad(f"devices[{number}].bps", got, "one of the two", "give one of the two")
+        if self.air is not None:
+            _check_air(self.air, sum(group.count for group in self.devices))
+        if self.figure is not None and self.air is not None and self.air.rates:
+            raise _bad("figure", "[figure] with subchannels", "links or a medium", "remove it")
+
+
+def _check_air(air: AirPart, devices: int) -> None:
+    if (air.bps is None) == (not air.rates):
+        raise _bad("air", "not one of its two keys", "`bps` or `rates`", "give one of the two")
+    widths = {len(row) for row in air.rates}
+    if air.rates and (len(air.rates) != devices or len(widths) != 1 or not min(widths)):
+        got = f"{len(air.rates)} rows of {sorted(widths)} rates"
+        raise _bad("air.rates", got, f"{devices} rows of one length, one a device", "mend it")
+
+
+def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
+    return ConfigError(f"`{key}` is wrong", got=got, allowed=allowed, remedy=remedy)
+
+
+def case_of(spec: PlanFile) -> Case:
+    """The network of a file. Devices are sorted by name: [air] `rates` are in the file's order."""
+    shape = SHAPES[spec.model.shape]()
+    setting = Setting(shape, spec.model.rank, spec.model.cut, counting=spec.model.counting)
+    flow = Flow(spec.data.tokens, spec.data.batch_size, spec.data.epochs, spec.data.reuse == "once")
+    groups = list(named(spec.devices))
+    parties = [
+        Party(
+            id=name,
+            flops=group.flops * group.efficiency,
+            memory_bytes=math.inf if group.memory_mb is None else group.memory_mb * MEGA,
+            samples=group.samples,
+            bps=group.bps or 1.0,
+        )
+        for name, group in groups
+    ]
+    knobs = [
+        Knob(
+            name=codec.name,
+            bytes_per_token=shape.width * codec.bits / 8,
+            accuracy_loss=codec.accuracy_loss,
+            encode_s=FLOAT_BYTES * shape.width / (codec.encode_mb_s * MEGA)
+            if codec.encode_mb_s
+            else 0.0,
+        )
+        for codec in spec.codecs
+    ]
+    made = case(setting, flow, parties, spec.server.flops * spec.server.efficiency, knobs)
+    air: Medium | Subchannels | None = None
+    if spec.air is not None and spec.air.bps is not None:
+        air = Medium(spec.air.bps)
+    elif spec.air is not None:
+        order = sorted(range(len(groups)), key=lambda place: groups[place][0])
+        air = Subchannels(tuple(spec.air.rates[place] for place in order))
+    limits = spec.limits
+    problem = replace(
+        made.problem, air=air, most_loss=limits.accuracy_loss, least_depth=limits.least_depth
+    )
+    return replace(made, problem=problem)

@@ -1,0 +1,165 @@
+"""The accuracy surface: its fit, its file, and the script that measures one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splitfrozen.errors import DataError
+from splitfrozen.planning import surface
+from splitfrozen.planning.surface import POWERS, Point
+from splitfrozen.records import Activation
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES, LEVELS = (0.1, 0.3, 0.5, 0.8, 1.0), (2, 4, 8, 16, 64)
+
+
+def cubic(rho: float, levels: int) -> float:
+    x, y = rho, np.log2(levels)
+    return float(0.3 + 0.9 * x - 0.7 * x**2 + 0.2 * x**3 + 0.03 * y - 0.004 * y**2 + 0.01 * x * y)
+
+
+def points(noise: float = 0.0) -> list[Point]:
+    draw = np.random.default_rng(0)
+    return [
+        (rho, levels, cubic(rho, levels) + noise * draw.standard_normal())
+        for rho in RATES
+        for levels in LEVELS
+    ]
+
+
+def test_a_cubic_is_found_again_between_its_points() -> None:
+    fitted = surface.fit(points(), 0.8, "m", "d")
+    assert fitted.mse < 1e-20
+    for rho, levels in ((0.15, 3), (0.66, 11), (0.95, 50)):
+        assert fitted.accuracy(rho, levels) == pytest.approx(cubic(rho, levels), abs=1e-9)
+        powers = np.array([rho**i for i in range(4)])
+        assert powers @ fitted.cubic(levels) == pytest.approx(cubic(rho, levels), abs=1e-9)
+
+
+def test_what_is_no_cubic_has_an_error_and_arrays_are_taken() -> None:
+    fitted = surface.fit(points(noise=0.01), 0.8, "m", "d")
+    assert 2e-5 < fitted.mse < 1e-4
+    found = fitted.accuracy(np.array(RATES)[:, None], np.array(LEVELS))
+    assert found.shape == (5, 5)
+    assert found[1, 2] == pytest.approx(float(fitted.accuracy(0.3, 8)))
+
+
+def test_a_file_is_read_as_it_was_written() -> None:
+    fitted = surface.fit(points(noise=0.01), 0.8, "minilm", "mrpc", {"rows": 5})
+    assert surface.read(fitted.to_json(), "it") == fitted
+    assert len(json.loads(fitted.to_json())["coefficients"]) == len(POWERS)
+
+
+def changed(**changes: Any) -> bytes:
+    table = json.loads(surface.fit(points(noise=0.01), 0.8, "m", "d").to_json())
+    return json.dumps({**table, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xff{", "no accuracy surface"),
+        (b"[]", "no accuracy surface"),
+        (changed(extra=1), "no accuracy surface"),
+        (changed(reference=1.5), "no accuracy surface"),
+        (changed(points=[[0.0, 2, 0.5]]), "no accuracy surface"),
+        (changed(points=[]), "do not determine"),
+        (changed(points=[[0.1, 2, 0.5]] * 20), "do not determine"),
+        (changed(coefficients=[0.5] * 10), "contradicts itself"),
+        (changed(coefficients=[0.5]), "contradicts itself"),
+        (changed(mse=0.0), "contradicts itself"),
+    ],
+)
+def test_a_damaged_file_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        surface.read(data, "surface.json")
+
+
+# --- the script ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = ROOT / "scripts" / "measure_surface.py"
+    spec = importlib.util.spec_from_file_location("measure_surface", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_compression_keeps_the_largest_in_levels_and_is_right_on_average(
+    script: ModuleType,
+) -> None:
+    hidden = np.random.default_rng(1).standard_normal((10, 30)).astype(np.float32)
+    draw = np.random.default_rng(2)
+    one = script.coarse(hidden, 0.2, 4, draw)
+    kept = one != 0
+    assert kept.sum() == 60
+    assert np.abs(hidden[kept]).min() >= np.abs(hidden[~kept]).max()
+    assert (np.sign(one[kept]) == np.sign(hidden[kept])).all()
+    sizes = np.unique(np.abs(one[kept]))
+    assert len(sizes) == 4
+    assert sizes[[0, -1]] == pytest.approx([np.abs(hidden[kept]).min(), np.abs(hidden).max()])
+    mean = np.mean([script.coarse(hidden, 0.2, 4, draw) for _ in range(3000)], axis=0)
+    step = sizes[1] - sizes[0]
+    np.testing.assert_allclose(mean[kept], hidden[kept], atol=5 * step / 2 / np.sqrt(3000))
+
+
+def test_equal_magnitudes_are_left_alone(script: ModuleType) -> None:
+    hidden = np.array([[1.0, -1.0], [1.0, 1.0]], np.float32)
+    found = script.coarse(hidden, 1.0, 2, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, hidden)
+
+
+def test_a_finished_run_is_measured(
+    script: ModuleType, save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"text": f"{i % 10} {i * 3 % 10}", "label": i % 2} for i in range(60)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:30]))
+    (tmp_path / "held.jsonl").write_text("\n".join(lines[30:]))
+    model = save_model(tmp_path / "model", "bert-classification", num_labels=2)
+    text = script.CONFIG.format(model=json.dumps(str(model)), seed=0, epochs=1)
+    for old, new in (("cut = 2", "cut = 1"), ('columns = { pair = "text_pair" }\n', "")):
+        assert old in text
+        text = text.replace(old, new)
+    text = text.replace("max_tokens = 128", "max_tokens = 16").replace("count = 10", "count = 2")
+    (tmp_path / "run.toml").write_text(text)
+    script.train(tmp_path / "run.toml")
+    bench = script.Bench(tmp_path / "run")
+    exact = bench.accuracy(bench.items)
+    assert len(bench.items) == 30
+    [fine] = script.points(bench.items, bench.accuracy, [(1.0, 2**16)], 0)
+    assert fine == (1.0, 2**16, exact), "all of it in fine steps is as good as it was"
+    settings = product((0.2, 0.4, 0.7, 1.0), (2, 4, 8, 64))
+    fitted = script.measure(tmp_path / "run", settings, 0, "held")
+    assert len(fitted.points) == 16
+    assert fitted.reference == exact
+    assert fitted.model == f"{tmp_path.name}/model"
+    assert surface.read(fitted.to_json(), "it") == fitted
+
+
+def test_each_point_is_of_activations_with_that_error(script: ModuleType) -> None:
+    hidden = np.random.default_rng(3).standard_normal((20, 30)).astype(np.float32)
+    items = [Activation(0, 1, hidden, np.zeros(1, np.int32))]
+
+    def closeness(made: list[Activation]) -> float:
+        return 1 - float(np.linalg.norm(made[0].hidden - hidden) / np.linalg.norm(hidden))
+
+    settings = list(product((0.1, 0.5, 1.0), (8, 64)))
+    found = list(script.points(items, closeness, settings, 0))
+    assert [point[:2] for point in found] == settings
+    assert [point[2] for point in found] == sorted(point[2] for point in found)
+    assert found == list(script.points(items, closeness, settings, 0))
+    assert found != list(script.points(items, closeness, settings, 1))
