@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -30,7 +31,15 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from splitfrozen.device.agent import JoinRequest, be_device, join_command
-from splitfrozen.device.pipeline import QUEUE, THREADS, Work, merged, upload_all
+from splitfrozen.device.pipeline import (
+    QUEUE,
+    THREADS,
+    Fixed,
+    Making,
+    Work,
+    merged,
+    upload_all,
+)
 from splitfrozen.device.plan import plan_chunks
 from splitfrozen.device.progress import Progress
 from splitfrozen.device.state import DeviceState, hold, state_folder
@@ -148,7 +157,8 @@ def work(front: NumpyFront, rows: Sequence[Sample], name: str = "float16+zstd") 
     one = codec(name)
     chunks = plan_chunks(rows, lambda t: one.most_bytes(t, WIDTH), 1 << 14, 0, "device-0")
     assert len(chunks) > 8
-    return Work(rows, chunks, front, one, Origin("run", "device-0", "0" * 64, 2, WIDTH, name))
+    origin = Origin("run", "device-0", "0" * 64, 2, WIDTH, name)
+    return Work(rows, chunks, Fixed(Making(front, one, origin)))
 
 
 def run(task: Work, uploader: Memory) -> DeviceReport:
@@ -171,7 +181,9 @@ def test_every_sample_arrives_once_and_is_what_the_front_made() -> None:
     assert sorted(arrived) == list(range(len(rows)))
     for sample in rows:
         hidden = NumpyFront.hidden(sample)
-        assert (np.abs(arrived[sample.id] - hidden) <= task.codec.error_bound(hidden)).all()
+        assert (
+            np.abs(arrived[sample.id] - hidden) <= task.pilot.making().codec.error_bound(hidden)
+        ).all()
     assert report.chunks == len(task.chunks) == len(server.frames)
     assert report.bytes_up == sum(map(len, server.frames.values()))
     assert 0 < report.padding < 0.1
@@ -215,7 +227,7 @@ def test_the_report_says_when_each_stage_worked_on_each_chunk() -> None:
 
 def test_many_spans_become_few_and_their_sums_stay() -> None:
     spans = [
-        ChunkSpan(2 * i, 2 * i, 1, 10 + i, (i, 0.5), (i + 0.5, 0.25), (i + 0.75, 0.25))
+        ChunkSpan(2 * i, 2 * i, 3, 1, 10 + i, (i, 0.5), (i + 0.5, 0.25), (i + 0.75, 0.25))
         for i in range(10)
     ]
     assert merged(spans, 10) == tuple(spans)
@@ -226,7 +238,7 @@ def test_many_spans_become_few_and_their_sums_stay() -> None:
         (12, 16, 3),
         (18, 18, 1),
     ]
-    assert few[1] == ChunkSpan(6, 10, 3, 42, (3, 1.5), (3.5, 0.75), (3.75, 0.75))
+    assert few[1] == ChunkSpan(6, 10, 3, 3, 42, (3, 1.5), (3.5, 0.75), (3.75, 0.75))
     assert sum(s.bytes for s in few) == sum(s.bytes for s in spans)
     check_report(DeviceReport(seconds=10.0, padding=0.0, spans=few), 19)
     assert merged([], 4) == ()
@@ -297,14 +309,8 @@ def test_an_interrupt_stops_all_stages_even_in_a_blocked_upload() -> None:
     rows, stop = samples(), threading.Event()
     interrupted: list[bool] = []
     task = work(NumpyFront(), rows)
-    task = Work(
-        task.samples,
-        task.chunks,
-        task.front,
-        task.codec,
-        task.origin,
-        lambda: interrupted.append(True),
-    )
+    making = replace(task.pilot.making(), interrupt=lambda: interrupted.append(True))
+    task = replace(task, pilot=Fixed(making))
     server = Interrupted(stop)
     with pytest.raises(KeyboardInterrupt):
         upload_all(task, server, Progress(len(rows)), stop)
@@ -510,7 +516,6 @@ class FakeServer(http.server.ThreadingHTTPServer):
             ),
             tokenizer=self.tokenizer,
             probe=self.manifest,
-            codec="float32",
             chunk_bytes=1 << 14,
             seed=0,
         )
@@ -519,7 +524,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         if path == "/v1/run":
             return self.run_info()
         if path == "/v1/assignment":
-            return Assignment(depth=1, front=self.manifest)
+            return Assignment(depth=1, front=self.manifest, codec="float32")
         assert path == "/v1/chunks", path
         return sorted(self.uploads.stored())
 

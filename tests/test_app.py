@@ -85,6 +85,7 @@ def prepared(spec: TaskSpec) -> Prepared:
         width=WIDTH,
         vocabulary=50,
         weights_hash="f" * 64,
+        codec="float16",
     )
 
 
@@ -172,8 +173,8 @@ def enrolment(token: str, secret: str) -> Enrolment:
 
 ANNOUNCED = Announcement(samples=10, tokens=30, skipped=0, digest="a" * 64)
 PROFILE = DeviceProfile(flops=1e9, memory_bytes=1 << 30, uplink_bps=1e7, cores=2, platform="Linux")
-SPAN = ChunkSpan(2, 3, 2, 7, (0.0, 5.0), (1.0, 1.0), (2.0, 4.0))
-LATER = ChunkSpan(5, 5, 1, 7, (5.0, 1.0), (6.0, 1.0), (7.5, 1.5))
+SPAN = ChunkSpan(2, 3, 1, 2, 7, (0.0, 5.0), (1.0, 1.0), (2.0, 4.0))
+LATER = ChunkSpan(5, 5, 1, 1, 7, (5.0, 1.0), (6.0, 1.0), (7.5, 1.5))
 REPORT = DeviceReport(seconds=9.0, padding=0.1, spans=(SPAN, LATER))
 
 
@@ -218,7 +219,7 @@ def test_a_devices_whole_life(world: World) -> None:
     enrolled = world.enrol()
     assert msgspec.msgpack.decode(enrolled.content, type=Enrolled) == Enrolled("run-1", "device-00")
     info = msgspec.msgpack.decode(world.call("GET", "/v1/run").content, type=RunInfo)
-    assert (info.run, info.model, info.codec, info.seed) == ("run-1", "tiny", "float16", 5)
+    assert (info.run, info.model, info.seed) == ("run-1", "tiny", 5)
     assert (info.probe, info.task, info.tokenizer) == (
         front(1),
         task(),
@@ -228,13 +229,13 @@ def test_a_devices_whole_life(world: World) -> None:
     assert world.client.put("/v1/probe", content=b"x" * 10**6, headers=world.bearer()).is_success
     assert world.call("POST", "/v1/profile", PROFILE).status_code == 204
     got = msgspec.msgpack.decode(world.call("GET", "/v1/assignment").content, type=Assignment)
-    assert got == Assignment(depth=1, front=front(1))
+    assert got == Assignment(depth=1, front=front(1), codec="float16")
     assert world.call("GET", "/v1/chunks").content == msgspec.msgpack.encode([])
     chunk = pack(origin(got.front), 4, [sample(0), sample(7)])
     for status, stored in ((201, 2), (200, 0)):
         reply = world.put(chunk)
         assert reply.status_code == status
-        assert msgspec.msgpack.decode(reply.content, type=Receipt) == Receipt(4, stored)
+        assert msgspec.msgpack.decode(reply.content, type=Receipt) == Receipt(4, stored, depth=1)
     assert world.call("GET", "/v1/chunks").content == msgspec.msgpack.encode([4])
     assert world.call("POST", "/v1/report", REPORT).status_code == 204
     assert world.call("POST", "/v1/failure", Failure("no\nmore")).status_code == 204
@@ -264,7 +265,7 @@ def test_hostile_names_find_nothing(world: World, name: str) -> None:
     assert refusal(world.call("DELETE", "/v1/chunks"))[0] == 405
 
 
-def test_the_assignment_waits_and_then_stands(tmp_path: Path) -> None:
+def test_the_assignment_waits_and_may_change(tmp_path: Path) -> None:
     services = make_world(tmp_path / "auto", task(), depth="auto")
     with TestClient(build_app(services)) as client:
         world = World(services, client)
@@ -275,10 +276,11 @@ def test_the_assignment_waits_and_then_stands(tmp_path: Path) -> None:
         waiting = world.call("GET", "/v1/assignment")
         assert (waiting.status_code, waiting.headers["Retry-After"]) == (202, "2")
         small = msgspec.structs.replace(PROFILE, memory_bytes=1)
-        world.call("POST", "/v1/profile", small, device=1)
-        assert refusal(world.call("GET", "/v1/assignment", device=1))[:2] == (409, "PlanError")
-        got = world.call("GET", "/v1/assignment")
-        assert msgspec.msgpack.decode(got.content, type=Assignment).depth == 3
+        assert refusal(world.call("POST", "/v1/profile", small, device=1))[:2] == (409, "PlanError")
+        for depth in (3, 2):
+            services.registry.assign({"device-00": depth})
+            got = world.call("GET", "/v1/assignment")
+            assert msgspec.msgpack.decode(got.content, type=Assignment).depth == depth
     services.registry.close()
     services.store.close()
 
@@ -373,6 +375,18 @@ def test_a_device_reads_and_writes_its_own_only(world: World) -> None:
 
 
 # --- what is refused -------------------------------------------------------------------------
+
+
+def test_chunks_of_a_depth_before_are_taken_and_the_depth_now_is_told(world: World) -> None:
+    before = origin(world.ready())
+    world.services.registry.assign({"device-00": 2})
+    old = world.put(pack(before, 0, [sample(0)]))
+    assert msgspec.msgpack.decode(old.content, type=Receipt) == Receipt(0, 1, depth=2)
+    assert world.put(pack(origin(front(2)), 1, [sample(1)])).status_code == 201
+    status, _, message = refusal(world.put(pack(origin(front(3)), 2, [sample(2)])))
+    assert status == 403
+    assert "another front" in message or "another depth" in message
+    assert world.stored() == 2
 
 
 @pytest.mark.parametrize(
@@ -538,7 +552,7 @@ def test_reports_that_cannot_be_true(world: World, report: DeviceReport, match: 
 
 def test_the_longest_report_is_a_message() -> None:
     huge = 2**53
-    span = ChunkSpan(huge, huge, huge, huge, (0.1, 0.1), (0.1, 0.1), (0.1, 0.1))
+    span = ChunkSpan(huge, huge, 1, huge, huge, (0.1, 0.1), (0.1, 0.1), (0.1, 0.1))
     longest = DeviceReport(seconds=0.1, padding=0.1, spans=(span,) * MAX_SPANS)
     assert len(msgspec.msgpack.encode(longest)) < MESSAGE_BYTES
 

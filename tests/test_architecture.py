@@ -19,6 +19,7 @@ RANKS = {
     "rng": 1,
     "logs": 1,
     "disk": 1,
+    "threads": 1,
     "records": 1,
     "wire": 2,
     "config": 3,

@@ -62,7 +62,7 @@ def changed(config: Config) -> Config:
 
 def prepare(run: RunFolder) -> None:
     spec = TaskSpec(kind="classification", columns={}, labels=("a", "b"), max_tokens=8)
-    run.write_prepared(Prepared(spec, None, (), 4, 8, 9, "0" * 64))
+    run.write_prepared(Prepared(spec, None, (), 4, 8, 9, "0" * 64, "float16"))
 
 
 def serve(run: RunFolder, enrol: bool) -> None:

@@ -112,15 +112,17 @@ def work(phase: str, step: int, begin: float, device: str = "") -> Work:
     return msgspec.convert({**table, **times, "device": device}, Work)
 
 
-def span(index: int, begin: float, size: int = 100) -> ChunkSpan:
-    return ChunkSpan(index, index, 1, size, (begin, 0.2), (begin + 0.2, 0.1), (begin + 0.5, 0.25))
+def span(index: int, begin: float, size: int = 100, depth: int = 1) -> ChunkSpan:
+    return ChunkSpan(
+        index, index, depth, 1, size, (begin, 0.2), (begin + 0.2, 0.1), (begin + 0.5, 0.25)
+    )
 
 
 def two_devices(run: Run) -> None:
     run.join("device-00", 1, [[3, 5], [4]])
     run.join("device-01", 2, [[6]])
     run.report("device-00", NOON + 3.0, 2.0, span(0, 0.0), span(1, 0.3, 70))
-    run.report("device-01", NOON + 4.0, 0.9, span(0, 0.0))
+    run.report("device-01", NOON + 4.0, 0.9, span(0, 0.0, depth=2))
 
 
 def named(events: Sequence[Event]) -> dict[tuple[str, str, int], Event]:

@@ -26,7 +26,7 @@ from splitfrozen.records import (
     Prepared,
     TaskSpec,
 )
-from splitfrozen.server.assignment import bytes_per_token, front_of
+from splitfrozen.server.assignment import bytes_per_token, front_of, take_profile
 from splitfrozen.server.auth import UnknownCredentialError
 from splitfrozen.server.registry import SEEN_S, Registry
 
@@ -75,7 +75,7 @@ def profile(flops: float = 1e9, memory_bytes: int = 1 << 30) -> DeviceProfile:
 
 
 ANNOUNCED = Announcement(samples=10, tokens=300, skipped=1, digest="a" * 64)
-SPAN = ChunkSpan(0, 1, 2, 7, (0.0, 5.0), (1.0, 1.0), (2.0, 4.0))
+SPAN = ChunkSpan(0, 1, 1, 2, 7, (0.0, 5.0), (1.0, 1.0), (2.0, 4.0))
 REPORT = DeviceReport(seconds=9.0, padding=0.1, spans=(SPAN,))
 
 
@@ -242,15 +242,21 @@ def test_strikes_and_failure_end_with_a_new_start(registry: Registry) -> None:
     assert registry.device("device-00").strikes == 0
 
 
-def test_a_profile_counts_until_the_assignment(registry: Registry) -> None:
+def test_the_last_profile_counts(registry: Registry, clock: Clock) -> None:
     registry.profile("device-00", profile(1e9))
+    clock.now += 5
     registry.profile("device-00", profile(2e9))
     assert registry.device("device-00").profile == profile(2e9)
-    registry.assign({"device-00": 2})
-    registry.profile("device-00", profile(3e9))
-    registry.assign({"device-00": 1})
+    assert registry.gathering() == (2, clock.now - 5)
+
+
+def test_a_depth_may_change_and_those_before_are_known(registry: Registry) -> None:
+    assert registry.device("device-00").depths == ()
+    for depth in (2, 1, 1, 3):
+        registry.assign({"device-00": depth, "device-01": 2})
     row = registry.device("device-00")
-    assert (row.profile, row.depth) == (profile(2e9), 2)
+    assert (row.depth, row.depths) == (3, (1, 2, 3))
+    assert registry.device("device-01").depths == (2,)
 
 
 def test_reports_are_kept(registry: Registry, clock: Clock) -> None:
@@ -298,7 +304,7 @@ def test_several_processes_create_one_registry(tmp_path: Path) -> None:
 # --- assignment ------------------------------------------------------------------------------
 
 
-def prepared() -> Prepared:
+def prepared(codec: str = "float16") -> Prepared:
     fronts = tuple(
         FrontManifest(
             depth=depth,
@@ -321,11 +327,12 @@ def prepared() -> Prepared:
         width=8,
         vocabulary=9,
         weights_hash="0" * 64,
+        codec=codec,
     )
 
 
 def depth_of(registry: Registry, device: str, spec: DevicesSpec) -> int | None:
-    found = front_of(device, registry, prepared(), spec, "float16")
+    found = front_of(device, registry, prepared(), spec)
     return None if found is None else found.depth
 
 
@@ -335,52 +342,25 @@ def test_a_list_of_depths_is_followed_at_once_by_slot(registry: Registry) -> Non
     assert [depth_of(registry, f"device-0{slot}", spec) for slot in range(4)] == [2, 1, 3, 1]
 
 
-def test_auto_waits_for_all_profiles(registry: Registry) -> None:
+def test_auto_waits_for_a_profile_and_for_the_planner(registry: Registry) -> None:
     spec = DevicesSpec(count=3)
     with pytest.raises(RefusedError, match="device-00 has no profile"):
         depth_of(registry, "device-00", spec)
-    registry.profile("device-00", profile(1e9))
-    registry.profile("device-01", profile(2e9))
+    take_profile("device-00", profile(1e9), registry, prepared(), spec)
     assert depth_of(registry, "device-00", spec) is None
-    registry.profile("device-02", profile(2e9))
-    found = [depth_of(registry, f"device-0{slot}", spec) for slot in range(3)]
-    assert found == [1, 3, 3]
+    registry.assign({"device-00": 2})
+    assert depth_of(registry, "device-00", spec) == 2
 
 
-def test_auto_waits_no_longer_than_gather_s(registry: Registry, clock: Clock) -> None:
-    spec = DevicesSpec(count=3, gather_s=60)
-    registry.profile("device-00", profile(1e9))
-    clock.now += 59
-    registry.profile("device-00", profile(1e9))
-    assert depth_of(registry, "device-00", spec) is None
-    clock.now += 1
-    assert depth_of(registry, "device-00", spec) == 3
-    # Late: ten times as fast takes the deepest, half as fast keeps the pace that was fixed.
-    registry.profile("device-01", profile(1e10))
-    registry.profile("device-02", profile(7e8))
-    assert depth_of(registry, "device-01", spec) == 3
-    assert depth_of(registry, "device-02", spec) == 2
-    assert depth_of(registry, "device-00", spec) == 3
-
-
-def test_revoked_slots_are_not_waited_for(registry: Registry) -> None:
-    registry.profile("device-00", profile())
-    for device in ("device-01", "device-02"):
-        registry.revoke(device)
-    assert depth_of(registry, "device-00", DevicesSpec(count=3)) == 3
-
-
-def test_a_device_without_memory_is_told_and_stops_nobody(registry: Registry) -> None:
-    spec = DevicesSpec(count=3)
-    registry.profile("device-00", profile(memory_bytes=MIB))
-    with pytest.raises(PlanError, match="device-00"):
-        depth_of(registry, "device-00", spec)
+def test_a_device_without_memory_is_told(registry: Registry) -> None:
+    poor = profile(memory_bytes=MIB)
+    with pytest.raises(PlanError, match="device-00 has not the memory"):
+        take_profile("device-00", poor, registry, prepared(), DevicesSpec(count=3))
     assert "device-00" in str(registry.device("device-00").failure)
-    for device in ("device-01", "device-02"):
-        registry.profile(device, profile())
-    assert depth_of(registry, "device-01", spec) == 3
+    take_profile("device-01", poor, registry, prepared(), DevicesSpec(count=3, depth=(1, 1, 1)))
+    assert registry.device("device-01").failure is None, "a list asks nobody"
 
 
 def test_bytes_per_token_are_the_codecs() -> None:
-    assert bytes_per_token("float16", prepared()) == 16
-    assert bytes_per_token("int8", prepared()) == 12
+    assert bytes_per_token(prepared("float16")) == 16
+    assert bytes_per_token(prepared("int8")) == 12

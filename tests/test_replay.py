@@ -207,7 +207,7 @@ def test_what_a_device_claims_does_not_keep_a_run_from_being_replayed(
     folder = RunFolder(run)
     folder.report({"event": "shape", "shape": msgspec.to_builtins(gpt2_small())})
     task = TaskSpec(kind="classification", columns={}, labels=("a", "b"), max_tokens=16)
-    folder.write_prepared(Prepared(task, None, (), 12, 768, 0, "0" * 64))
+    folder.write_prepared(Prepared(task, None, (), 12, 768, 0, "0" * 64, "float16"))
     with closing(Registry(run)) as registry:
         registry.ensure_slots(2)
         for device, said in (("device-00", HONEST), ("device-01", HONEST | claim)):

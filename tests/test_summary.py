@@ -19,7 +19,7 @@ from splitfrozen.runs.folder import RunFolder
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 
-SPAN = ChunkSpan(0, 2, 3, 3_000_000, (0.0, 8.0), (1.0, 1.0), (2.0, 9.0))
+SPAN = ChunkSpan(0, 2, 1, 3, 3_000_000, (0.0, 8.0), (1.0, 1.0), (2.0, 9.0))
 REPORT = DeviceReport(seconds=12.5, padding=0, spans=(SPAN,))
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from splitfrozen import __version__, logs
+from splitfrozen import __version__, logs, threads
 from splitfrozen.errors import ConfigError, RequestError, SplitFrozenError
 from splitfrozen.records import Outcome
 
@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = arguments.pop("command")
         command = next(command for command in COMMANDS if command.name == name)
         logs.start(logging.DEBUG if verbose else logging.INFO)
+        threads.one_for_numpy()
         outcome = resolve(command)(**arguments)
         text = dump(outcome.data) if as_json else outcome.text
         print(text, flush=True)

@@ -30,8 +30,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta, Struct
 
-from splitfrozen.errors import ConfigError
+from splitfrozen.errors import ConfigError, WireError
 from splitfrozen.records import Precision, TaskKind
+from splitfrozen.wire.codec import compressible, needs_side
 
 LARGEST = 2**63 - 1
 """Of whole numbers: what travels and is stored is a signed number of 64 bits."""
@@ -41,7 +42,7 @@ Natural = Annotated[int, Meta(ge=0, le=LARGEST)]
 Rate = Annotated[float, Meta(ge=0, lt=1)]
 Above0 = Annotated[float, Meta(gt=0)]
 
-_FILES = (("task", "eval"), ("data", "train"))
+_FILES = (("task", "eval"), ("data", "train"), ("wire", "public"))
 """Keys that name a file or folder of rows."""
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
@@ -136,20 +137,44 @@ class TrainSpec(Spec, frozen=True):
     checkpoint_steps: Whole = 50
 
 
-Format = Literal["float32", "float16", "bfloat16", "int8"]
-Compression = Literal["none", "zlib", "zstd"]
-
-
 class WireSpec(Spec, frozen=True):
-    """`codec` and `compression` make the codec's name, as in "float16+zstd"."""
+    """`codec` and `compression` make the codec's name, as in "float16+zstd"; "auto" compresses
+    what a codec leaves to be compressed. `public`: rows that every device may know, which codecs
+    with side data are fitted to."""
 
-    codec: Format = "float16"
-    compression: Compression = "zstd"
+    codec: str = "float16"
+    compression: Literal["auto", "none", "zlib", "zstd"] = "auto"
+    public: str | None = None
     chunk_bytes: Annotated[int, Meta(ge=64 * 1024, le=32 * 1024 * 1024)] = 4 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        needs = _needs_side("wire.codec", self.name)
+        if "@" in self.codec:
+            raise _bad("wire.codec", repr(self.codec), "a name without @", "leave the rest out")
+        if needs != (self.public is not None):
+            raise _bad(
+                "wire.public",
+                repr(self.public),
+                f"{'a file of rows' if needs else 'none'} with {self.codec}",
+                "name rows like those of the task that every device may know, or take a codec "
+                "without side data"
+                if needs
+                else "leave it out",
+            )
 
     @property
     def name(self) -> str:
-        return self.codec if self.compression == "none" else f"{self.codec}+{self.compression}"
+        if self.compression != "auto":
+            return self.codec if self.compression == "none" else f"{self.codec}+{self.compression}"
+        return f"{self.codec}+zstd" if compressible(self.codec) else self.codec
+
+
+def _needs_side(key: str, name: str) -> bool:
+    """Whether a codec needs side data. Raises ConfigError where there is no such codec."""
+    try:
+        return needs_side(name)
+    except WireError as error:
+        raise _bad(key, error.got, error.allowed, error.remedy) from error
 
 
 class DevicesSpec(Spec, frozen=True):
@@ -201,12 +226,9 @@ class MethodSpec(Spec, frozen=True):
         return self.name in ("splitlora", "sft", "fedsllm")
 
     def __post_init__(self) -> None:
-        codecs = [
-            *get_args(Format),
-            *(f"{a}+{b}" for a in get_args(Format) for b in ("zlib", "zstd")),
-        ]
-        if self.gradients not in codecs:
-            raise _bad("method.gradients", repr(self.gradients), ", ".join(codecs), "choose one")
+        if _needs_side("method.gradients", self.gradients):
+            allowed = "a codec without side data, as gradients are of no fixed distribution"
+            raise _bad("method.gradients", repr(self.gradients), allowed, "choose another")
         averages = self.two_way or self.name == "fedlora"
         for key, usable, with_ in (
             ("reuse", self.name == "splitfrozen", "splitfrozen"),

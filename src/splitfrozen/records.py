@@ -12,7 +12,7 @@ Messages that travel are msgspec structs with a fixed field set; an unknown fiel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
@@ -223,7 +223,6 @@ class RunInfo(Message, frozen=True):
     task: TaskSpec
     tokenizer: FileRef | None
     probe: FrontManifest
-    codec: str
     chunk_bytes: Positive
     seed: int
 
@@ -239,6 +238,9 @@ class Prepared(Message, frozen=True):
         width: D.
         vocabulary: V; 0 for images.
         weights_hash: over the base model's weights.
+        codec: as the config names it.
+        sides: side data of the codec by depth, for codecs that need any.
+        bytes_per_token: mean of an encoded token by depth, where it was measured.
     """
 
     task: TaskSpec
@@ -248,6 +250,17 @@ class Prepared(Message, frozen=True):
     width: Positive
     vocabulary: Count
     weights_hash: Sha256
+    codec: str
+    sides: dict[int, FileRef] = {}
+    bytes_per_token: dict[int, float] = {}
+
+    def codec_at(self, depth: int) -> str:
+        """Name of the codec that activations of a depth are sent with.
+
+        One with side data names these: what they are decoded with can be told from it alone.
+        """
+        side = self.sides.get(depth)
+        return self.codec if side is None else f"{self.codec}@{side.sha256[:16]}"
 
 
 class Announcement(Message, frozen=True):
@@ -285,10 +298,16 @@ class DeviceProfile(Message, frozen=True):
 
 
 class Assignment(Message, frozen=True):
-    """GET /v1/assignment: the device's front."""
+    """GET /v1/assignment: the device's front, and the codec of what comes out of it.
+
+    It may change while the device sends: then a `Receipt` says so, and the device asks again.
+    `side`: side data of the codec, where it needs any.
+    """
 
     depth: Positive
     front: FrontManifest
+    codec: str
+    side: FileRef | None = None
 
 
 MAX_SPANS = 256
@@ -303,6 +322,7 @@ class ChunkSpan(Message, frozen=True):
 
     Attributes:
         first, last: indices in the device's plan.
+        depth: n that they were computed with.
         chunks: how many there are: fewer than the indices where the server had some already.
         bytes: sum of the frames.
         front, encode, send: the stages.
@@ -310,6 +330,7 @@ class ChunkSpan(Message, frozen=True):
 
     first: Count
     last: Count
+    depth: Positive
     chunks: Positive
     bytes: Positive
     front: tuple[float, float]
@@ -368,10 +389,12 @@ class Receipt(Message, frozen=True):
     Attributes:
         index: of the chunk in the device's plan.
         stored: samples that were new; 0 when the chunk was there already.
+        depth: what the device shall compute from now on; 0 for what it does.
     """
 
     index: Count
     stored: Count
+    depth: Count = 0
 
 
 class Refusal(Message, frozen=True):
@@ -491,6 +514,10 @@ class Codec(Protocol):
         """Name of the codec that the server stores a lifted activation with."""
         ...
 
+    def most_bytes(self, tokens: int, width: int) -> int:
+        """Upper bound of `len(encode(hidden))` for float32 [tokens, width]."""
+        ...
+
     def encode(self, hidden: Floats) -> bytes:
         """float32 [T, D] -> bytes. Raises WireError on values it cannot carry."""
         ...
@@ -502,6 +529,10 @@ class Codec(Protocol):
     def error_bound(self, hidden: Floats) -> Floats:
         """Largest |decode(encode(hidden)) - hidden|, broadcastable to [T, D]."""
         ...
+
+
+Codecs = Callable[[str], Codec]
+"""The codecs of a run by name. Raises WireError for a name that it does not know."""
 
 
 class Front(Protocol):

@@ -34,7 +34,7 @@ from splitfrozen.errors import SplitFrozenError, StoreError, WireError
 from splitfrozen.methods.bench import Bench, Built, Rounds
 from splitfrozen.methods.parts import Lower, Whole
 from splitfrozen.methods.table import METHODS, build
-from splitfrozen.methods.two_way import TwoWayDevice
+from splitfrozen.methods.two_way import Coding, TwoWayDevice
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.model.costs import Tokens, gpt2_small
 from splitfrozen.records import Activation, Chunk, Compute, Receipt, Sample, SampleKey
@@ -189,7 +189,14 @@ def world(tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., World]:
             pixels[:] = np.inf
         below, sent = SampleSource(held), list[tuple[str, str, str, int]]()
         built = build(
-            Bench(sliced, config, below.samples(), torch.float32, sent=lambda *it: sent.append(it))
+            Bench(
+                sliced,
+                config,
+                below.samples(),
+                torch.float32,
+                lambda: codec(config.wire.name),
+                sent=lambda *it: sent.append(it),
+            )
         )
         on_samples = built.trains_on == "samples"
         return World(
@@ -391,13 +398,14 @@ def test_a_reply_to_another_chunk_is_refused(
     line = _Misled(dataclasses.replace(origin, device=device), off)
     gradients = here.built.method.gradients
     part = Lower(here.built.adapted, CUT)
-    one = TwoWayDevice(part, gradients, codec("float32"), origin, line)
+    coding = Coding(codec("float32"), codec("float32"))
+    one = TwoWayDevice(part, gradients, coding, origin, line)
     one.forward(here.all_samples()[:2], 0)
     parameters = here.built.adapted.parameters()
     optimiser = Optimiser(parameters, here.config.train, 10)
     with pytest.raises(WireError, match="the reply is to another chunk"):
         one.backward(optimiser, 0)
-    right = TwoWayDevice(part, gradients, codec("float32"), origin, _Misled(origin))
+    right = TwoWayDevice(part, gradients, coding, origin, _Misled(origin))
     right.forward(here.all_samples()[:2], 0)
     assert right.backward(optimiser, 0) > 0
 

@@ -36,6 +36,7 @@ from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import IGNORED, Sample
 from splitfrozen.training.batching import FixedOrder
 from splitfrozen.training.loop import Hooks, Job, fit
+from splitfrozen.wire.codec import codec
 
 TRAIN = TrainSpec(epochs=2, batch_size=4, lr=0.01, warmup=0.2, clip=1e9, micro_tokens=30)
 FAMILIES = ["gpt2-classification", "bert-classification", "llama-causal_lm", "gemma2-causal_lm"]
@@ -80,7 +81,7 @@ def trained(
         WireSpec("float32", "none"),
         method=method,
     )
-    built = build(Bench(sliced, config, source.samples(), torch.float32))
+    built = build(Bench(sliced, config, source.samples(), torch.float32, lambda: codec("float32")))
     events: list[dict[str, Any]] = []
     job = Job(TRAIN, 0, sum(sizes), torch.float32, folder)
     fit(built.method, source, built.order, job, Hooks(events.append))

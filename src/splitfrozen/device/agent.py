@@ -24,8 +24,9 @@ from splitfrozen.data.tasks import announce, build_samples
 from splitfrozen.device import probe
 from splitfrozen.device.front import OnnxFront
 from splitfrozen.device.patience import Patience
+from splitfrozen.device.pilot import Steered
 from splitfrozen.device.pinning import pinned_context
-from splitfrozen.device.pipeline import Work, upload_all
+from splitfrozen.device.pipeline import Making, Work, upload_all
 from splitfrozen.device.plan import plan_chunks, typical_batch
 from splitfrozen.device.progress import Progress
 from splitfrozen.device.state import DeviceState, Identity, hold, state_folder
@@ -35,6 +36,7 @@ from splitfrozen.records import (
     PROTOCOL,
     Announcement,
     Assignment,
+    Codec,
     DeviceProfile,
     DeviceReport,
     Enrolled,
@@ -49,6 +51,7 @@ from splitfrozen.records import (
 from splitfrozen.wire.codec import codec
 from splitfrozen.wire.frame import Origin
 from splitfrozen.wire.join import JoinString
+from splitfrozen.wire.side import Side
 
 _log = logging.getLogger(__name__)
 
@@ -173,30 +176,41 @@ def _attend(
 ) -> Joined:
     """Everything between enrolment and the report."""
     run = client.get("/v1/run", RunInfo)
-    run_codec = codec(run.codec)
     samples, said = _read_data(request, run, state, client)
     client.post("/v1/announcement", said)
     threads = request.threads or probe.cores()
-    client.post("/v1/profile", _profile(run.probe, samples, state, client, threads))
-    assignment = client.poll("/v1/assignment", Assignment, "the other devices are measured")
-    manifest = assignment.front
-    _log.info("computing depth %d of %s", assignment.depth, run.model)
-    front = _open_front(manifest, state, client, threads)
+    profile = _profile(run.probe, samples, state, client, threads)
+    client.post("/v1/profile", profile)
+
+    def assigned() -> Assignment:
+        return client.poll("/v1/assignment", Assignment, "the other devices are measured")
+
+    def open_making(assignment: Assignment) -> Making:
+        manifest = assignment.front
+        front = _open_front(manifest, state, client, threads)
+        chosen = _open_codec(assignment, state, client)
+        depth, width = manifest.depth, manifest.width
+        origin = Origin(run.run, device.device, manifest.hash, depth, width, chosen.name)
+        return Making(front, chosen, origin, front.interrupt)
+
+    def tell(measured: DeviceProfile) -> None:
+        client.post("/v1/profile", measured)
+
+    first = assigned()
+    _log.info("computing depth %d of %s", first.depth, run.model)
+    pilot = Steered(first, open_making, assigned, tell, profile)
+    bound = pilot.making().codec.most_bytes
     chunks = plan_chunks(
         samples,
-        lambda tokens: run_codec.most_bytes(tokens, manifest.width),
+        lambda tokens: bound(tokens, run.probe.width),
         run.chunk_bytes,
         run.seed,
         device.device,
     )
-    origin = Origin(
-        run.run, device.device, manifest.hash, manifest.depth, manifest.width, run.codec
-    )
-    work = Work(samples, chunks, front, run_codec, origin, front.interrupt)
     with closing(Progress(len(samples))) as progress:
-        report = upload_all(work, HttpUploader(client), progress, stop)
+        report = upload_all(Work(samples, chunks, pilot), HttpUploader(client), progress, stop)
     client.post("/v1/report", report)
-    return Joined(device, assignment.depth, said, report)
+    return Joined(device, pilot.making().origin.depth, said, report)
 
 
 def _enrol(request: JoinRequest, state: DeviceState, client: HttpClient) -> Enrolled:
@@ -309,6 +323,13 @@ def _open_front(
     for ref in manifest.files:
         client.download(ref, state.files)
     return OnnxFront(manifest, state.front_folder(manifest), threads)
+
+
+def _open_codec(assignment: Assignment, state: DeviceState, client: HttpClient) -> Codec:
+    if assignment.side is None:
+        return codec(assignment.codec)
+    path = client.download(assignment.side, state.files)
+    return codec(assignment.codec, Side.from_bytes(path.read_bytes()))
 
 
 def _open_tokenizer(ref: FileRef, state: DeviceState, client: HttpClient) -> Tokenizer:

@@ -10,13 +10,16 @@ the first forward on: clocks of devices differ, so the server places it by when 
 
 from __future__ import annotations
 
+import itertools
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from splitfrozen.device.plan import PlannedChunk, padding_share
 from splitfrozen.device.progress import Progress
@@ -29,6 +32,7 @@ from splitfrozen.records import (
     EncodedSample,
     Floats,
     Front,
+    Receipt,
     Sample,
     Uploader,
 )
@@ -51,24 +55,60 @@ _Stage = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a device does in a run.
+class Making:
+    """What chunks are made with.
 
     Attributes:
-        samples: all samples of the device; `samples[i].id == i`.
-        chunks: the whole plan.
         front: computes.
         codec: encodes.
         origin: what every frame says of itself.
         interrupt: makes a forward pass in another thread fail soon.
     """
 
-    samples: Sequence[Sample]
-    chunks: Sequence[PlannedChunk]
     front: Front
     codec: Codec
     origin: Origin
     interrupt: Callable[[], None] = lambda: None
+
+
+class Pilot(Protocol):
+    """Says what the next chunk is made with, and hears how the last one went."""
+
+    def making(self) -> Making:
+        """For the next chunk. It may take long, where a front has to be fetched."""
+        ...
+
+    def sent(self, span: ChunkSpan, tokens: int, receipt: Receipt) -> None:
+        """A chunk of so many tokens is stored. Called from another thread than `making`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A pilot that changes nothing."""
+
+    always: Making
+
+    def making(self) -> Making:
+        return self.always
+
+    def sent(self, span: ChunkSpan, tokens: int, receipt: Receipt) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a device does in a run.
+
+    Attributes:
+        samples: all samples of the device; `samples[i].id == i`.
+        chunks: the whole plan.
+        pilot: what they are made with.
+    """
+
+    samples: Sequence[Sample]
+    chunks: Sequence[PlannedChunk]
+    pilot: Pilot
 
 
 def upload_all(
@@ -107,8 +147,9 @@ class _Pipeline:
         self._uploader = uploader
         self._progress = progress
         self._stop = stop
-        self._computed = _Channel[tuple[PlannedChunk, list[Floats], _Stage]](stop)
-        self._encoded = _Channel[tuple[PlannedChunk, Chunk, _Stage, _Stage]](stop)
+        self._computed = _Channel[tuple[PlannedChunk, Making, list[Floats], _Stage]](stop)
+        self._encoded = _Channel[tuple[PlannedChunk, Chunk, ChunkSpan]](stop)
+        self._making: Making | None = None
         self._errors: list[BaseException] = []
         self._spans: list[ChunkSpan] = []
         self._begin = 0.0
@@ -129,8 +170,8 @@ class _Pipeline:
             self._stop.set()
             raise
         finally:
-            if self._stop.is_set():
-                self._work.interrupt()
+            if self._stop.is_set() and self._making is not None:
+                self._making.interrupt()
             deadline = time.monotonic() + STOP_S
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -159,50 +200,59 @@ class _Pipeline:
 
     def _compute(self, missing: Sequence[PlannedChunk]) -> None:
         for planned in missing:
+            making = self._making = self._work.pilot.making()
             hidden: list[Floats] = []
             start = time.perf_counter()
             for batch in planned.batches:
-                hidden += self._work.front([self._work.samples[i] for i in batch])
                 if self._stop.is_set():
                     raise _Stopped
-            self._computed.put((planned, hidden, self._since(start)))
+                hidden += making.front([self._work.samples[i] for i in batch])
+            self._computed.put((planned, making, hidden, self._since(start)))
         self._computed.close()
 
     def _encode(self) -> None:
-        for planned, hidden, front in self._computed:
+        for planned, making, hidden, front in self._computed:
             start = time.perf_counter()
             encoded = [
                 EncodedSample(
                     sample=number,
                     tokens=len(one),
                     targets=self._work.samples[number].targets,
-                    payload=self._work.codec.encode(one),
+                    payload=making.codec.encode(one),
                 )
                 for number, one in zip(planned.samples, hidden, strict=True)
             ]
-            chunk = pack(self._work.origin, planned.index, encoded)
-            self._encoded.put((planned, chunk, front, self._since(start)))
+            chunk = pack(making.origin, planned.index, encoded)
+            made = front, self._since(start), (0.0, 0.0)
+            depth, size = making.origin.depth, len(chunk.frame)
+            span = ChunkSpan(planned.index, planned.index, depth, 1, size, *made)
+            self._encoded.put((planned, chunk, span))
         self._encoded.close()
 
     def _upload(self) -> None:
-        for planned, chunk, front, encode in self._encoded:
+        for planned, chunk, made in self._encoded:
             start = time.perf_counter()
-            self._uploader.put(chunk)
-            send, size = self._since(start), len(chunk.frame)
-            self._spans.append(
-                ChunkSpan(planned.index, planned.index, 1, size, front, encode, send)
-            )
-            self._progress.add(len(planned.samples), size)
+            receipt = self._uploader.put(chunk)
+            span = msgspec.structs.replace(made, send=self._since(start))
+            self._spans.append(span)
+            tokens = sum(self._work.samples[i].length for i in planned.samples)
+            self._work.pilot.sent(span, tokens, receipt)
+            self._progress.add(len(planned.samples), span.bytes)
 
 
 def merged(spans: Sequence[ChunkSpan], most: int) -> tuple[ChunkSpan, ...]:
     """At most `most` spans: consecutive ones are added up, as many at a time as it takes.
 
-    A stage of the sum begins when the first began and is as long as all together, so that what a
-    stage waited does not count as work.
+    Those of unlike depth are not, but where the depth changed very often. A stage of the sum begins
+    when the first began and is as long as all together, so that what a stage waited does not count
+    as work.
     """
-    size = max(1, math.ceil(len(spans) / most))
-    return tuple(_sum(spans[start : start + size]) for start in range(0, len(spans), size))
+    runs = [list(run) for _, run in itertools.groupby(spans, lambda span: span.depth)]
+    runs = runs if 2 * len(runs) <= most else [list(spans)] * bool(spans)
+    size = max(1, math.ceil(len(spans) / (most - len(runs) + 1)))
+    return tuple(
+        _sum(run[start : start + size]) for run in runs for start in range(0, len(run), size)
+    )
 
 
 def _sum(spans: Sequence[ChunkSpan]) -> ChunkSpan:
@@ -212,6 +262,7 @@ def _sum(spans: Sequence[ChunkSpan]) -> ChunkSpan:
     return ChunkSpan(
         first=spans[0].first,
         last=spans[-1].last,
+        depth=spans[-1].depth,
         chunks=sum(span.chunks for span in spans),
         bytes=sum(span.bytes for span in spans),
         front=stage([span.front for span in spans]),

@@ -13,7 +13,7 @@ from splitfrozen.methods.parts import Adapted
 from splitfrozen.methods.replicas import Sent, to_nobody
 from splitfrozen.model import adapters
 from splitfrozen.model.blocks import SlicedModel
-from splitfrozen.records import SampleKey, SampleTable
+from splitfrozen.records import Codec, SampleKey, SampleTable
 from splitfrozen.training.batching import Order
 from splitfrozen.training.loop import Method
 from splitfrozen.training.optimise import Gradients, Optimiser
@@ -30,6 +30,7 @@ class Bench:
         config: of the run.
         samples: all of them, of all devices, sorted by key.
         dtype: what to compute in.
+        codec: opens the codec of activations at the cut, where these travel in every step.
         report: takes events of the training, as in `training.loop.Hooks`.
         sent: is told of all that crosses the network.
     """
@@ -38,6 +39,7 @@ class Bench:
     config: Config
     samples: SampleTable
     dtype: torch.dtype
+    codec: Callable[[], Codec]
     report: Callable[[dict[str, Any]], None] = lambda _: None
     sent: Sent = to_nobody
 

@@ -14,7 +14,7 @@ Each side clips and steps by its own gradient: neither sees the other's norm.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,17 +77,26 @@ def build(bench: Bench, serving: Serving, hub: str) -> Built:
         if serving == "per_device"
         else optimise(above)
     )
+    coding = Coding(bench.codec(), codec(config.method.gradients))
     server = _Server(
         Upper(adapted, config.model.cut),
         trained,
         bench.gradients(),
-        codec(config.method.gradients),
+        coding,
         together=serving == "together",
     )
     lower = Replicas(adapted.model, below, devices, optimise, hub, bench.sent)
     rounds = Rounds.of(config, steps)
     method = TwoWay(bench, adapted, lower, server, rounds)
     return Built(method, adapted, order, steps, rounds, "samples")
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """Codecs of activations, which go up to the server, and of gradients, which come down."""
+
+    up: Codec
+    down: Codec
 
 
 class TwoWay:
@@ -103,19 +112,18 @@ class TwoWay:
         self._rounds = rounds
         config = bench.config
         part = Lower(adapted, config.model.cut)
-        run_codec = codec(config.wire.name)
         self._devices = {
             device: TwoWayDevice(
                 part,
                 self.gradients,
-                run_codec,
+                server.coding,
                 Origin(
                     config.folder.name,
                     device,
                     _NO_FRONT,
                     config.model.cut,
                     adapted.sliced.width,
-                    run_codec.name,
+                    server.coding.up.name,
                 ),
                 _Line(server, device, bench.sent),
             )
@@ -169,6 +177,7 @@ class _Server:
 
     Attributes:
         gradients: how they are computed.
+        coding: of what travels.
         together: it trains when all that are expected have sent.
         results: of the optimiser steps since `expect`.
     """
@@ -178,15 +187,15 @@ class _Server:
         upper: Upper,
         trained: Optimiser | Replicas,
         gradients: Gradients,
-        gradient_codec: Codec,
+        coding: Coding,
         *,
         together: bool,
     ) -> None:
         self.gradients = gradients
+        self.coding = coding
         self.together = together
         self._upper = upper
         self._trained = trained
-        self._codec = gradient_codec
         self._waiting: dict[str, tuple[Origin, int, list[Activation]]] = {}
         self._expected: set[str] = set()
         self.results: list[StepResult] = []
@@ -200,9 +209,9 @@ class _Server:
 
     def receive(self, device: str, chunk: Chunk) -> Receipt:
         """Take a device's activations and train on them. Raises WireError."""
-        header, items = activations(chunk.frame)
+        header, items = activations(chunk.frame, self.coding.up)
         origin = Origin(
-            header.run, device, header.front, header.depth, header.width, self._codec.name
+            header.run, device, header.front, header.depth, header.width, self.coding.down.name
         )
         self._waiting[device] = origin, header.index, items
         if not self.together:
@@ -253,7 +262,7 @@ class _Server:
                     item.sample,
                     len(item.hidden),
                     _NO_TARGETS,
-                    self._codec.encode(caught.gradient(item)),
+                    self.coding.down.encode(caught.gradient(item)),
                 )
                 for item in own
             ]
@@ -309,11 +318,11 @@ class TwoWayDevice:
     """A device's part: embedding and blocks[:n]."""
 
     def __init__(
-        self, part: Lower, gradients: Gradients, run_codec: Codec, origin: Origin, line: Exchange
+        self, part: Lower, gradients: Gradients, coding: Coding, origin: Origin, line: Exchange
     ) -> None:
         self._part = part
         self._gradients = gradients
-        self._codec = run_codec
+        self._coding = coding
         self._origin = origin
         self._line = line
         self._passes: list[tuple[list[Sample], torch.Tensor]] = []
@@ -330,7 +339,7 @@ class TwoWayDevice:
                     hidden = self._part.hidden(members, dropout=True).float()
                 self._passes.append((members, hidden))
                 for sample, row in zip(members, hidden.detach().cpu().numpy(), strict=True):
-                    payload = self._codec.encode(np.ascontiguousarray(row[: sample.length]))
+                    payload = self._coding.up.encode(np.ascontiguousarray(row[: sample.length]))
                     encoded[sample.id] = EncodedSample(
                         sample.id, sample.length, sample.targets, payload
                     )
@@ -342,7 +351,7 @@ class TwoWayDevice:
 
         The server keeps the loss to itself, and has found it finite.
         """
-        header, gradients = activations(self._line.reply(step))
+        header, gradients = activations(self._line.reply(step), self._coding.down)
         got = header.device, header.index, header.width
         wanted = self._origin.device, step, self._origin.width
         if got != wanted:

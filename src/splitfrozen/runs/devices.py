@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from splitfrozen.config import WireSpec
 from splitfrozen.data.inputs import model_inputs
-from splitfrozen.device.pipeline import Work, upload_all
+from splitfrozen.device.pipeline import Fixed, Making, Work, upload_all
 from splitfrozen.device.plan import plan_chunks
 from splitfrozen.device.progress import Progress
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import (
     Activation,
     Chunk,
+    Codec,
+    Codecs,
     DeviceReport,
     EncodedSample,
     Floats,
@@ -34,7 +35,6 @@ from splitfrozen.records import (
 from splitfrozen.server.store import Store
 from splitfrozen.training.batching import split
 from splitfrozen.training.lift import Lifter
-from splitfrozen.wire.codec import codec
 from splitfrozen.wire.frame import Origin, activations, pack, unpack
 
 
@@ -83,10 +83,16 @@ class LocalDevice:
     Attributes:
         samples: `samples[i].id == i`.
         origin: device, depth and codec among others.
+        codecs: of the run.
     """
 
     samples: list[Sample]
     origin: Origin
+    codecs: Codecs
+
+    @property
+    def codec(self) -> Codec:
+        return self.codecs(self.origin.codec)
 
     @property
     def id(self) -> str:
@@ -97,7 +103,7 @@ def send_all(
     device: LocalDevice,
     front: TorchFront,
     store: Store,
-    wire: WireSpec,
+    chunk_bytes: int,
     seed: int,
     stop: threading.Event,
 ) -> DeviceReport:
@@ -106,15 +112,15 @@ def send_all(
     `stop` ends it with KeyboardInterrupt; it is set, too, where a stage fails. Raises what
     `device.pipeline.upload_all` does, and StoreError.
     """
-    origin, coded = device.origin, codec(wire.name)
+    origin, coded = device.origin, device.codec
     chunks = plan_chunks(
         device.samples,
         lambda tokens: coded.most_bytes(tokens, origin.width),
-        wire.chunk_bytes,
+        chunk_bytes,
         seed,
         device.id,
     )
-    work = Work(device.samples, chunks, front, coded, origin)
+    work = Work(device.samples, chunks, Fixed(Making(front, coded, origin)))
     with closing(Progress(len(device.samples))) as progress:
         return upload_all(work, StoreUploader(store, device.id), progress, stop)
 
@@ -147,9 +153,10 @@ class Recomputed:
         found: dict[SampleKey, Activation] = {}
         sent: dict[str, int] = {}
         for name, ids in sorted(wanted.items()):
-            frame = self._frame(self._devices[name], ids)
+            device = self._devices[name]
+            frame = self._frame(device, ids)
             sent[name] = len(frame)
-            for activation in self._receive(frame):
+            for activation in self._lifter.lift(activations(frame, device.codec)[1]):
                 found[SampleKey(name, activation.sample)] = activation
         self.sent.append(sent)
         return [found[key] for key in keys]
@@ -157,7 +164,8 @@ class Recomputed:
     def _frame(self, device: LocalDevice, ids: Sequence[int]) -> bytes:
         """What the device sends of these samples."""
         origin, samples = device.origin, [device.samples[i] for i in sorted(ids)]
-        coded, front = codec(origin.codec), self._fronts[origin.depth]
+        front = self._fronts[origin.depth]
+        coded = device.codec
         encoded: dict[int, EncodedSample] = {}
         for group in split([sample.length for sample in samples], self._micro_tokens):
             members = [samples[i] for i in group]
@@ -165,7 +173,3 @@ class Recomputed:
                 payload = coded.encode(hidden)
                 encoded[sample.id] = EncodedSample(sample.id, len(hidden), sample.targets, payload)
         return pack(origin, 0, [encoded[sample.id] for sample in samples]).frame
-
-    def _receive(self, frame: bytes) -> list[Activation]:
-        """What the server makes of it."""
-        return self._lifter.lift(activations(frame)[1])

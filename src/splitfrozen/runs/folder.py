@@ -5,7 +5,7 @@ prepared.json    fronts, task, hashes            store/           activations of
 address.json     host and port devices use       evaluation/      activations of the eval data
 join.txt         join strings not yet used       training/        checkpoint, best/ and last/
 tls/             certificate and key             metrics.jsonl    one event a line
-files/           fronts and tokenizer, as served curves.png       the same, drawn
+files/           fronts, tokenizer, side data    curves.png       the same, drawn
 tokenizer/       the tokenizer, as exported      events.jsonl     who did what, and when
 forecast.json    seconds and bytes expected      run.log          of all processes
 *.lock           who is at work
@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -29,10 +30,12 @@ import msgspec
 from splitfrozen import config
 from splitfrozen.config import Config
 from splitfrozen.disk import write_whole
-from splitfrozen.errors import ConfigError, RequestError, StoreError
-from splitfrozen.records import Prepared
+from splitfrozen.errors import ConfigError, RequestError, StoreError, WireError
+from splitfrozen.records import Codecs, Prepared
 from splitfrozen.server.registry import Registry
+from splitfrozen.wire.codec import TensorCodec, codec
 from splitfrozen.wire.join import JoinString
+from splitfrozen.wire.side import Side
 
 STOPPED = 3
 """Exit code of a worker that was asked to stop; calling it again continues."""
@@ -67,6 +70,11 @@ class Address(msgspec.Struct, frozen=True):
                 allowed=error.allowed,
                 remedy="set server.name to a name or address that devices reach",
             ) from error
+
+
+def side_name(digest: str) -> str:
+    """Name of the file with side data, by the sha256 of its content or the beginning of that."""
+    return f"side-{digest[:16]}.bin"
 
 
 class RunFolder:
@@ -179,6 +187,26 @@ class RunFolder:
     @property
     def files(self) -> Path:
         return self.root / "files"
+
+    @cached_property
+    def codecs(self) -> Codecs:
+        """The run's codecs, with their side data where they have any. Raises as `records.Codecs`,
+        and StoreError."""
+
+        @cache
+        def named(name: str) -> TensorCodec:
+            _, _, digest = name.partition("@")
+            return codec(name, self._side(digest) if digest else None)
+
+        return named
+
+    def _side(self, digest: str) -> Side:
+        path = self.files / side_name(digest)
+        try:
+            return Side.from_bytes(path.read_bytes())
+        except (OSError, WireError) as error:
+            remedy = "restore it from a copy, or give the run another folder"
+            raise _damaged(path, str(error), remedy) from error
 
     @property
     def training(self) -> Path:

@@ -261,7 +261,6 @@ class _Reported:
     """A device's report; `begin` is its first forward on the server's clock."""
 
     device: str
-    depth: int
     report: DeviceReport
     begin: float
 
@@ -269,8 +268,8 @@ class _Reported:
 def _reported(registry: Registry) -> Iterable[_Reported]:
     for row in registry.devices():
         report, at = row.report, row.reported_at
-        if report and report.spans and at is not None and row.depth and not row.revoked:
-            yield _Reported(row.id, row.depth, report, at - report.seconds)
+        if report and report.spans and at is not None and not row.revoked:
+            yield _Reported(row.id, report, at - report.seconds)
 
 
 class _Loads:
@@ -301,7 +300,7 @@ def _pieces(one: _Reported, shape: ModelShape, loads: _Loads, zero: float) -> It
             (offset + begin, offset + begin + seconds)
             for begin, seconds in (span.front, span.encode, span.send)
         )
-        flops = forward_flops(shape, one.depth, load)
+        flops = forward_flops(shape, span.depth, load)
         values = activation_values(shape, load)
         yield Piece(span.first, flops, values, span.bytes, (front, encode, send))
 

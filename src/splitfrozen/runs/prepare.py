@@ -24,6 +24,7 @@ from splitfrozen.model.blocks import SlicedModel, load_model
 from splitfrozen.model.export import export_front
 from splitfrozen.records import FileRef, Prepared, TaskSpec
 from splitfrozen.runs.folder import RunFolder
+from splitfrozen.runs.sides import fit_sides
 
 
 def load_sliced(config: Config) -> SlicedModel:
@@ -85,6 +86,8 @@ def prepare(run: RunFolder, sliced: SlicedModel, *, export: bool = True) -> Prep
         )
         for depth in (_depths(config) if export else [])
     )
+    own = None if tokenizer is None else _open_tokenizer(run, tokenizer)
+    sides, rates = fit_sides(config, sliced, task, own, run.files, _sent(config))
     prepared = Prepared(
         task=task,
         tokenizer=tokenizer,
@@ -93,6 +96,9 @@ def prepare(run: RunFolder, sliced: SlicedModel, *, export: bool = True) -> Prep
         width=sliced.width,
         vocabulary=0 if tokenizer is None else sliced.model.config.get_text_config().vocab_size,
         weights_hash=sliced.weights_hash(),
+        codec=config.wire.name,
+        sides=sides,
+        bytes_per_token=rates,
     )
     run.write_prepared(prepared)
     return prepared
@@ -155,9 +161,11 @@ def task_spec(config: Config, sliced: SlicedModel, tokenizer: FileRef | None) ->
 
 def open_tokenizer(run: RunFolder, prepared: Prepared) -> tokenizers.Tokenizer | None:
     """The tokenizer that devices use; None for images. Raises StoreError where it is damaged."""
-    if prepared.tokenizer is None:
-        return None
-    path = run.files / prepared.tokenizer.name
+    return None if prepared.tokenizer is None else _open_tokenizer(run, prepared.tokenizer)
+
+
+def _open_tokenizer(run: RunFolder, ref: FileRef) -> tokenizers.Tokenizer:
+    path = run.files / ref.name
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower.
@@ -220,6 +228,13 @@ def _depths(config: Config) -> list[int]:
     if config.devices.depth == "auto":
         return list(range(1, config.model.cut + 1))
     return sorted({1, *config.devices.depth})
+
+
+def _sent(config: Config) -> list[int]:
+    """Depths of the activations that travel."""
+    if config.method.two_way:
+        return [config.model.cut]
+    return _depths(config) if config.method.name == "splitfrozen" else []
 
 
 def _image_spec(

@@ -7,6 +7,7 @@ FLOP are those of `model.costs` for real tokens.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,15 +16,23 @@ import msgspec
 import numpy as np
 import torch
 
+from splitfrozen import rng
 from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
 from splitfrozen.records import IGNORED, Activation, ActivationStore, SampleKey, SampleTable
 from splitfrozen.runs.folder import RunFolder
 from splitfrozen.runs.networklog import Work, evaluation_flops, step_flops
 from splitfrozen.training.evaluate import Evaluation
+from splitfrozen.training.lift import Lifter
 from splitfrozen.training.loop import Method
 from splitfrozen.training.optimise import Gradients, StepResult
 
 Clock = Callable[[], float]
+
+SPEED_TOKENS = 128
+"""Of the sample on which the speed of lifting is measured, where the model takes so many."""
+
+SPEED_PASSES = 5
+"""Timed after one that warms up; their median counts."""
 
 
 def steady() -> Clock:
@@ -41,6 +50,23 @@ class Recorder:
         self._shape = shape
         self._steps = 0
         run.report({"event": "shape", "shape": msgspec.to_builtins(shape)})
+
+    def speed(self, lifter: Lifter, tokens: int, width: int) -> None:
+        """Measure how fast this machine lifts from depth 1 to 2, and write it down.
+
+        It is measured on a sample of so many tokens. The planner weighs it against the devices:
+        what they leave is lifted here.
+        """
+        hidden = rng.stream(0, "speed").normal(size=(tokens, width)).astype(np.float32)
+        one = Activation(0, 1, hidden, np.zeros(1, np.int32))
+        lifter.lift([one])
+        seconds = []
+        for _ in range(SPEED_PASSES):
+            begin = self.clock()
+            lifter.lift([one])
+            seconds.append(max(self.clock() - begin, 1e-9))
+        flops = forward_flops(self._shape, 1, Tokens.uniform(1, tokens))
+        self._run.report({"event": "speed", "flops": flops / statistics.median(seconds)})
 
     def store(self, store: ActivationStore) -> ActivationStore:
         """`store`, for a Lifter: what is lifted in it is written down."""

@@ -32,6 +32,7 @@ from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
 from splitfrozen.planning.depth import Forecast, forecast
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import networklog, summary
+from splitfrozen.runs.assigning import Assigning
 from splitfrozen.runs.folder import NO_SPACE, Address, RunFolder
 from splitfrozen.server import connections
 from splitfrozen.server.app import Services, build_app
@@ -77,7 +78,7 @@ def serve(source: Path) -> Outcome:
     with (
         run.lock("serve"),
         contextlib.closing(Registry(run.root)) as registry,
-        contextlib.closing(Store(run.store)) as store,
+        contextlib.closing(Store(run.store, codecs=run.codecs)) as store,
     ):
         return _Server(run, registry, store).run()
 
@@ -113,6 +114,7 @@ class _Server:
         self._run = run
         self._registry = registry
         self._store = store
+        self._assigning = Assigning(run, registry, store)
         self._prepared: Prepared | None = None
         self._stopping = threading.Event()
         self._failure: SplitFrozenError | None = None
@@ -259,6 +261,7 @@ class _Server:
         )
         try:
             while worker.poll() is None and not self._stopping.wait(POLL_S):
+                self._assigning.look()
                 self._forecast()
                 self._tell_progress()
             if worker.poll() is None:
@@ -308,7 +311,7 @@ class _Server:
             profiles,
             {device: depths[device] for device in announced.keys() & profiles.keys()},
             prepared.fronts,
-            bytes_per_token(self._run.config.wire.name, prepared),
+            bytes_per_token(prepared),
         )
         write_whole(path, json.dumps([dataclasses.asdict(one) for one in expected]).encode())
         log.info("forecast\n%s", forecast_table(expected))

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def train(source: Path) -> Outcome:
     with (
         run.lock("serve"),
         contextlib.closing(Registry(run.root)) as registry,
-        contextlib.closing(Store(run.store)) as store,
+        contextlib.closing(Store(run.store, codecs=run.codecs)) as store,
     ):
         if registry.state().state == "done":
             log.info("the run was done already")
@@ -165,10 +166,9 @@ def _join(
         depth = (
             wanted.model.cut if wanted.devices.depth == "auto" else wanted.devices.depth[row.slot]
         )
-        origin = Origin(
-            run.name, row.id, prepared.weights_hash, depth, prepared.width, wanted.wire.name
-        )
-        devices.append(LocalDevice(portion.samples, origin))
+        coded = prepared.codec_at(depth)
+        origin = Origin(run.name, row.id, prepared.weights_hash, depth, prepared.width, coded)
+        devices.append(LocalDevice(portion.samples, origin, run.codecs))
     if wanted.method.name == "splitfrozen":
         registry.assign({device.id: device.origin.depth for device in devices})
     return devices
@@ -198,7 +198,8 @@ def _train(place: Workplace, stop: threading.Event) -> bool:
     )
     held = SampleSource({device.id: device.samples for device in place.devices})
     traffic = _Traffic()
-    built = build(Bench(sliced, wanted, held.samples(), dtype, place.report, traffic.add))
+    coded = partial(run.codecs, place.prepared.codec_at(wanted.model.cut))
+    built = build(Bench(sliced, wanted, held.samples(), dtype, coded, place.report, traffic.add))
     evaluate = _evaluator(place, built, dtype)
     if evaluate is not None and not run.events("baseline"):
         before = evaluate().metrics
@@ -220,8 +221,8 @@ def _train(place: Workplace, stop: threading.Event) -> bool:
         if fit(built.method, source, built.order, job, hooks).stopped:
             return False
     reports = {row.id: row.report for row in place.registry.devices()}
-    sent = {device: report.bytes_up for device, report in reports.items() if report is not None}
-    write_events(run, sliced, built, place.devices, sent)
+    bytes_up = {device: report.bytes_up for device, report in reports.items() if report is not None}
+    write_events(run, sliced, built, place.devices, bytes_up)
     place.registry.set_state("done")
     return True
 
@@ -271,7 +272,7 @@ def _activations(
     for device in place.devices:
         front = TorchFront(sliced, device.origin.depth)
         seed = wanted.run.seed
-        sent = send_all(device, front, place.store, wanted.wire, seed, stop)
+        sent = send_all(device, front, place.store, wanted.wire.chunk_bytes, seed, stop)
         place.registry.report(device.id, sent)
 
     def stop_between(_done: int, _total: int) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import msgspec
 import numpy as np
 import torch
 
-from splitfrozen import logs
+from splitfrozen import logs, threads
 from splitfrozen.data.readers import read_rows
 from splitfrozen.disk import write_whole
 from splitfrozen.errors import DiskFullError, SplitFrozenError
@@ -38,7 +39,7 @@ from splitfrozen.runs import evaluation
 from splitfrozen.runs.attendance import Attendance, Silence, attendance, read_roster, write_roster
 from splitfrozen.runs.folder import NO_SPACE, STOPPED, RunFolder
 from splitfrozen.runs.prepare import load_sliced, prepare, to_fastest
-from splitfrozen.runs.recorder import Recorder
+from splitfrozen.runs.recorder import SPEED_TOKENS, Recorder
 from splitfrozen.runs.reporter import Reporter, shown
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
@@ -95,7 +96,7 @@ class Workplace:
 
 def work(run: RunFolder, stop: threading.Event) -> None:
     """Do everything that is left to do. Raises SplitFrozenError, Stopped."""
-    registry, store = Registry(run.root), Store(run.store)
+    registry, store = Registry(run.root), Store(run.store, codecs=run.codecs)
     store.recover()
     if run.config.task.eval is not None:
         # A misspelt path is told now, not after the fronts are made.
@@ -120,7 +121,11 @@ def train(place: Workplace) -> None:
     device = to_fastest(sliced)
     dtype = resolve(config.model.precision, device)
     log.info("computing in %s on %s", str(dtype).removeprefix("torch."), device)
-    bench = Bench(sliced, config, place.at_cut(), dtype, report=place.report)
+    tokens = min(SPEED_TOKENS, sliced.longest)
+    one_block = Lifter(sliced, 2, micro_tokens=tokens, device=device, dtype=dtype)
+    place.recorder.speed(one_block, tokens, sliced.width)
+    coded = partial(run.codecs, place.prepared.codec_at(config.model.cut))
+    bench = Bench(sliced, config, place.at_cut(), dtype, coded, report=place.report)
     adapted = bench.adapt(config.model.cut)
     evaluate = _evaluator(place, adapted, dtype)
     if evaluate is not None and not run.events("baseline"):
@@ -242,6 +247,7 @@ def main(folder: Path) -> int:
     """Run the worker as a process; returns its exit code."""
     run = RunFolder(folder)
     logs.start()
+    threads.one_for_numpy()
     logs.also_to(run.root / "run.log")
     stop = threading.Event()
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -54,7 +54,7 @@ from splitfrozen.server.answers import (
     status_of,
     too_long,
 )
-from splitfrozen.server.assignment import front_of
+from splitfrozen.server.assignment import front_of, take_profile
 from splitfrozen.server.auth import bearer
 from splitfrozen.server.intake import Upload, receive
 from splitfrozen.server.registry import Registry
@@ -174,7 +174,6 @@ def run_info(services: Services, call: Call) -> Response:
             task=prepared.task,
             tokenizer=prepared.tokenizer,
             probe=min(prepared.fronts, key=lambda front: front.depth),
-            codec=config.wire.name,
             chunk_bytes=config.wire.chunk_bytes,
             seed=config.run.seed,
         )
@@ -187,19 +186,19 @@ def announcement(services: Services, call: Call) -> Response:
 
 
 def profile(services: Services, call: Call) -> Response:
-    services.registry.profile(call.device, _message(call, DeviceProfile))
+    said, spec = _message(call, DeviceProfile), services.config.devices
+    take_profile(call.device, said, services.registry, _prepared(services), spec)
     return Response(status_code=204)
 
 
 def assignment(services: Services, call: Call) -> Response:
     """202 while the pace waits for the profiles of other devices."""
-    config = services.config
-    front = front_of(
-        call.device, services.registry, _prepared(services), config.devices, config.wire.name
-    )
+    prepared = _prepared(services)
+    front = front_of(call.device, services.registry, prepared, services.config.devices)
     if front is None:
         return Response(status_code=202, headers={"Retry-After": str(RETRY_S)})
-    return reply(Assignment(depth=front.depth, front=front))
+    depth = front.depth
+    return reply(Assignment(depth, front, prepared.codec_at(depth), prepared.sides.get(depth)))
 
 
 def file(services: Services, call: Call) -> Response:
@@ -207,6 +206,7 @@ def file(services: Services, call: Call) -> Response:
     prepared = _prepared(services)
     refs = [ref for manifest in prepared.fronts for ref in manifest.files]
     refs += [prepared.tokenizer] if prepared.tokenizer else []
+    refs += prepared.sides.values()
     for ref in refs:
         path = services.files / ref.name
         if ref.sha256 == call.parameters["sha256"] and path.is_file():
@@ -228,8 +228,7 @@ def chunks(services: Services, call: Call) -> Response:
 def put_chunk(services: Services, call: Call) -> Response:
     """The receipt is given once the samples are on disk; 200 where none was new."""
     upload = Upload(call.device, call.parameters["sha256"], call.body)
-    codec, prepared = services.config.wire.name, _prepared(services)
-    receipt = receive(upload, services.store, services.registry, codec, prepared)
+    receipt = receive(upload, services.store, services.registry, _prepared(services))
     return reply(receipt, 201 if receipt.stored else 200)
 
 

@@ -7,8 +7,10 @@ anew (its announcement ends it), and the others are not held up by it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+
+import msgspec
 
 from splitfrozen.errors import RefusedError, WireError
 from splitfrozen.records import IGNORED, EncodedSample, FrameHeader, Prepared, Receipt, TaskSpec
@@ -28,16 +30,13 @@ class Upload:
     frame: bytes
 
 
-def receive(
-    upload: Upload, store: Store, registry: Registry, codec: str, prepared: Prepared
-) -> Receipt:
+def receive(upload: Upload, store: Store, registry: Registry, prepared: Prepared) -> Receipt:
     """Check and store one chunk.
 
     Args:
         upload: the chunk.
         store, registry: of the run.
-        codec: the name of the run's codec.
-        prepared: fronts and task of the run.
+        prepared: fronts, codec and task of the run.
 
     Raises:
         WireError: bytes that are not what they claim, or numbers out of range.
@@ -52,17 +51,27 @@ def receive(
             allowed=f"fewer than {STRIKES}",
             remedy="mend the device and start it again",
         )
-    front = next((front for front in prepared.fronts if front.depth == row.depth), None)
-    if front is None or row.announcement is None:
+    if row.depth is None or row.announcement is None:
         raise RefusedError(
             f"{row.id} is not ready to send",
             got="a chunk",
             allowed="an announcement and an assignment first",
             remedy="start the device again",
         )
-    origin = Origin(registry.run, row.id, front.hash, front.depth, front.width, codec)
+    origins = {
+        front.depth: Origin(
+            registry.run,
+            row.id,
+            front.hash,
+            front.depth,
+            front.width,
+            prepared.codec_at(front.depth),
+        )
+        for front in prepared.fronts
+        if front.depth in row.depths
+    }
     try:
-        header, samples = _open(upload, origin)
+        header, samples = _open(upload, origins, row.depth)
         _check_samples(samples, row.announcement.samples, prepared)
         receipt = store.add(header, upload.sha256, samples)
     except (WireError, RefusedError):
@@ -70,15 +79,21 @@ def receive(
         raise
     if row.strikes:
         registry.forgive(row.id)
-    return receipt
+    return msgspec.structs.replace(receipt, depth=row.depth)
 
 
-def _open(upload: Upload, origin: Origin) -> tuple[FrameHeader, list[EncodedSample]]:
-    """Take the frame apart. Raises WireError, and RefusedError where it is of another origin."""
+def _open(
+    upload: Upload, origins: Mapping[int, Origin], depth: int
+) -> tuple[FrameHeader, list[EncodedSample]]:
+    """Take the frame apart. Raises WireError, and RefusedError where it is of another origin.
+
+    `origins`: by depth, of all depths that the device was assigned; `depth` is the last of them.
+    """
     found = hashlib.sha256(upload.frame).hexdigest()
     if found != upload.sha256:
         raise _bad(f"a chunk of {upload.device} is not what its address says", found, upload.sha256)
     header, samples = unpack(upload.frame)
+    origin = origins.get(header.depth, origins[depth])
     for what in (field.name for field in fields(Origin)):
         got, expected = getattr(header, what), getattr(origin, what)
         if got != expected:

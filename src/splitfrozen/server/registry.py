@@ -34,7 +34,7 @@ from splitfrozen.server.database import Database
 
 State = Literal["preparing", "receiving", "training", "done", "failed", "stopped"]
 
-VERSION = 2
+VERSION = 3
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS devices (
@@ -42,15 +42,15 @@ CREATE TABLE IF NOT EXISTS devices (
     token TEXT, token_hash TEXT NOT NULL UNIQUE, secret_hash TEXT UNIQUE,
     name TEXT NOT NULL DEFAULT '', version TEXT NOT NULL DEFAULT '',
     enrolled_at REAL, last_seen REAL, announcement BLOB, profile BLOB, profiled_at REAL,
-    depth INTEGER, report BLOB, reported_at REAL, failure TEXT, strikes INTEGER NOT NULL DEFAULT 0,
-    revoked INTEGER NOT NULL DEFAULT 0)
+    depth INTEGER, depths TEXT NOT NULL DEFAULT '[]', report BLOB, reported_at REAL,
+    failure TEXT, strikes INTEGER NOT NULL DEFAULT 0, revoked INTEGER NOT NULL DEFAULT 0)
 """
 SEEN_S = 5.0
 """What is written as a device's `last_seen` is at most so much older than its last request."""
 
 _COLUMNS = (
-    "id, slot, name, version, enrolled_at, last_seen, announcement, profile, depth, report, "
-    "reported_at, failure, strikes, revoked"
+    "id, slot, name, version, enrolled_at, last_seen, announcement, profile, depth, depths, "
+    "report, reported_at, failure, strikes, revoked"
 )
 
 
@@ -64,6 +64,7 @@ class DeviceRow:
         enrolled_at, last_seen: seconds since 1970; None before.
         announcement, profile, report: as it sent them; None before.
         depth: n of its front; None before it was assigned.
+        depths: all that it was assigned so far: what it computed before may still come.
         reported_at: when `report` came, seconds since 1970.
         failure: what it reported last, or why it got no front; None when well.
         strikes: bad chunks in a row.
@@ -79,6 +80,7 @@ class DeviceRow:
     announcement: Announcement | None
     profile: DeviceProfile | None
     depth: int | None
+    depths: tuple[int, ...]
     report: DeviceReport | None
     reported_at: float | None
     failure: str | None
@@ -256,11 +258,10 @@ class Registry:
             )
 
     def profile(self, device: str, profile: DeviceProfile) -> None:
-        """Keep what the probe measured; after the assignment it changes nothing."""
+        """Keep what was measured last."""
         with self._database.write() as database:
             database.execute(
-                "UPDATE devices SET profile = ?, profiled_at = ifnull(profiled_at, ?) "
-                "WHERE id = ? AND (depth IS NULL OR profile IS NULL)",
+                "UPDATE devices SET profile = ?, profiled_at = ifnull(profiled_at, ?) WHERE id = ?",
                 (msgspec.msgpack.encode(profile), self.clock(), device),
             )
 
@@ -300,12 +301,16 @@ class Registry:
     # --- assignment --------------------------------------------------------------------------
 
     def assign(self, depths: Mapping[str, int]) -> None:
-        """Fix the depths of devices; one that has a depth keeps it."""
+        """Set the depths that devices compute from now on."""
         with self._database.write() as database:
-            database.executemany(
-                "UPDATE devices SET depth = ? WHERE id = ? AND depth IS NULL",
-                [(depth, device) for device, depth in depths.items()],
-            )
+            for device, depth in depths.items():
+                row = _row(database, device)
+                if row.depth != depth:
+                    known = msgspec.json.encode(sorted({*row.depths, depth})).decode()
+                    database.execute(
+                        "UPDATE devices SET depth = ?, depths = ? WHERE id = ?",
+                        (depth, known, device),
+                    )
 
     def gathering(self) -> tuple[int, float | None]:
         """How many devices have sent no profile yet, and when the first profile came."""
@@ -315,18 +320,6 @@ class Registry:
                 "FROM devices WHERE NOT revoked"
             ).fetchone()
         return int(missing), first
-
-    def target(self) -> float | None:
-        """The pace that was fixed, seconds per token; None before."""
-        with self._database.read() as database:
-            value = _get(database, "target")
-        return None if value is None else float(value)
-
-    def fix_target(self, target_s: float) -> float:
-        """Fix the pace and return the one that counts: the first ever fixed."""
-        with self._database.write() as database:
-            database.execute("INSERT OR IGNORE INTO run VALUES ('target', ?)", (target_s,))
-            return float(_get(database, "target"))
 
     # --- looking -----------------------------------------------------------------------------
 
@@ -402,7 +395,9 @@ def _parse(row: tuple[object, ...]) -> DeviceRow:
         data = fields[key]
         if isinstance(data, bytes):
             fields[key] = msgspec.msgpack.decode(data, type=kind)
-    return DeviceRow(**fields | {"revoked": bool(fields["revoked"])})  # type: ignore[arg-type]
+    depths = msgspec.json.decode(str(fields["depths"]), type=tuple[int, ...])
+    known = {"revoked": bool(fields["revoked"]), "depths": depths}
+    return DeviceRow(**fields | known)  # type: ignore[arg-type]
 
 
 def _unknown(what: str, allowed: str) -> UnknownCredentialError:

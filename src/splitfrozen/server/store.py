@@ -24,6 +24,7 @@ from splitfrozen.disk import explained
 from splitfrozen.errors import StoreError, WireError
 from splitfrozen.records import (
     Activation,
+    Codecs,
     EncodedSample,
     FrameHeader,
     Receipt,
@@ -96,6 +97,7 @@ class Store:
         folder: Path,
         at: Callable[[CrashPoint], None] = lambda _: None,
         segment_bytes: int = SEGMENT_BYTES,
+        codecs: Codecs = codec,
     ) -> None:
         """Open or create the store in `folder`.
 
@@ -103,6 +105,7 @@ class Store:
             folder: on a local disk; made if missing.
             at: called at each crash point.
             segment_bytes: a segment that has reached this length gets no more samples.
+            codecs: of the run, by the names that chunks carry.
 
         Raises:
             StoreError: a network file system, another version, or no permission.
@@ -112,6 +115,7 @@ class Store:
         self._segments = folder / "segments"
         self._at = at
         self._segment_bytes = segment_bytes
+        self._codecs = codecs
         self._index = Database(folder / "index.sqlite", SCHEMA, VERSION)
 
     def close(self) -> None:
@@ -157,7 +161,7 @@ class Store:
             RefusedError: the device was purged.
             DiskFullError, StoreError: nothing was stored.
         """
-        _refuse_unreadable(header, samples)
+        _refuse_unreadable(header, samples, self._codecs)
         while True:
             fresh = self._fresh(header, samples)
             if fresh is None:
@@ -259,7 +263,7 @@ class Store:
                     continue
                 try:
                     for key, place in wanted:
-                        found[key] = _load(descriptor, key, kind, place)
+                        found[key] = self._load(descriptor, key, kind, place)
                 finally:
                     os.close(descriptor)
             if len(found) == len(set(keys)):
@@ -308,7 +312,7 @@ class Store:
             if not opened or opened[-1].end >= self._segment_bytes:
                 # The full one is ours and not committed: the index would offer it again.
                 opened.append(held.enter_context(self._open(device, kind, fresh=bool(opened))))
-            payload = codec(kind.codec).encode(activation.hidden)
+            payload = self._codecs(kind.codec).encode(activation.hidden)
             place = opened[-1].append(payload, len(activation.hidden), activation.targets)
             written.append((activation.sample, place))
         return [segment for opened in segments.values() for segment in opened], written
@@ -319,7 +323,7 @@ class Store:
             found = find_sample(index, device, activation.sample)
         if found is None or found[0].depth >= activation.depth:
             return None
-        lifted = codec(found[0].codec).lifted
+        lifted = self._codecs(found[0].codec).lifted
         return Kind(activation.depth, activation.hidden.shape[1], lifted)
 
     def _locate(
@@ -337,6 +341,14 @@ class Store:
         for wanted in found.values():
             wanted.sort(key=lambda one: one[1].offset)
         return found
+
+    def _load(self, descriptor: int, key: SampleKey, kind: Kind, place: Place) -> Activation:
+        found = read_place(descriptor, place)
+        if found is None:
+            raise _damaged(key, f"other bytes at {place.offset} of its file than were written")
+        payload, targets = found
+        hidden = self._codecs(kind.codec).decode(payload, place.tokens, kind.width)
+        return Activation(sample=key.sample, depth=kind.depth, hidden=hidden, targets=targets)
 
     # --- segments ----------------------------------------------------------------------------
 
@@ -373,9 +385,11 @@ class Store:
                 return
 
 
-def _refuse_unreadable(header: FrameHeader, samples: Sequence[EncodedSample]) -> None:
+def _refuse_unreadable(
+    header: FrameHeader, samples: Sequence[EncodedSample], codecs: Codecs
+) -> None:
     _check_name(header.device)
-    decoder = codec(header.codec)
+    decoder = codecs(header.codec)
     if len({sample.sample for sample in samples}) != len(samples):
         raise WireError(
             f"chunk {header.index} of {header.device} has a sample twice",
@@ -405,15 +419,6 @@ def _check_name(device: str) -> None:
             allowed="letters, digits, - and _",
             remedy="use the id that enrolment gave",
         )
-
-
-def _load(descriptor: int, key: SampleKey, kind: Kind, place: Place) -> Activation:
-    found = read_place(descriptor, place)
-    if found is None:
-        raise _damaged(key, f"other bytes at {place.offset} of its file than were written")
-    payload, targets = found
-    hidden = codec(kind.codec).decode(payload, place.tokens, kind.width)
-    return Activation(sample=key.sample, depth=kind.depth, hidden=hidden, targets=targets)
 
 
 def _damaged(key: SampleKey, got: str) -> StoreError:

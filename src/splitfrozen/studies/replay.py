@@ -14,31 +14,26 @@ the speeds of the server, which nobody probes, are the measured ones.
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from dataclasses import replace as with_changes
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from splitfrozen.config import Config
 from splitfrozen.disk import explained
 from splitfrozen.errors import RequestError
-from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
-from splitfrozen.records import SERVER, Announcement, Compute, Event, Outcome
+from splitfrozen.records import SERVER, Compute, Event, Outcome
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.networklog import SETUP, EventList, Piece, step_flops
+from splitfrozen.runs.forecast import Expected, Part, Speeds, refuse_endless, simulate
+from splitfrozen.runs.networklog import SETUP
 from splitfrozen.runs.summary import table
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.registry import Registry
 from splitfrozen.simulation import timeline
 from splitfrozen.simulation.gantt import COLOURS, MORE_COLOURS
-from splitfrozen.simulation.network import Link, Machine, Network
+from splitfrozen.simulation.network import Link
 from splitfrozen.simulation.timeline import Timeline
 from splitfrozen.studies.elsewhere import replay_on
 
@@ -50,24 +45,8 @@ SHOWN = 40
 LEAST_S = 1e-9
 """What took no time that a clock shows took so long."""
 
-MOST_PIECES = 1_000_000
-"""Chunks and steps of a forecast: each is some events, which are held in memory."""
-
 UNEQUAL = 0.1
 """Sizes must differ by this part of their mean before they tell latency from rate."""
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """How fast everybody was.
-
-    Attributes:
-        flops: FLOP/s by (party, phase); values/s of an encoder.
-        links: by (source, target).
-    """
-
-    flops: Mapping[tuple[str, str], float]
-    links: Mapping[tuple[str, str], Link]
 
 
 def replay(run: Path, network: Path | None, out: Path | None) -> Outcome:
@@ -133,29 +112,6 @@ def measure(events: Sequence[Event]) -> Speeds:
     return Speeds(flops, {way: _link(carried) for way, carried in sends.items()})
 
 
-def simulate(events: Sequence[Event], speeds: Speeds) -> Timeline:
-    """Replay events, without the times they may have, at these speeds. Raises RequestError.
-
-    A machine of the simulator has one speed for all phases, so it is given seconds of work at a
-    speed of 1; the result has the events with their FLOP.
-    """
-    bare = [msgspec.structs.replace(event, begin_s=None, end_s=None) for event in events]
-    seconds = [
-        msgspec.structs.replace(event, flops=_seconds(event, speeds))
-        if isinstance(event, Compute)
-        else event
-        for event in bare
-    ]
-    machines = {event.who: Machine(1.0) for event in bare if isinstance(event, Compute)}
-    found = timeline.replay(seconds, Network(machines, speeds.links))
-    return with_changes(found, events=bare)
-
-
-def _seconds(event: Compute, speeds: Speeds) -> float:
-    speed = speeds.flops[event.who, event.phase]
-    return event.flops / speed if speed else 0.0
-
-
 def _link(carried: Sequence[tuple[float, float]]) -> Link:
     """Least squares of seconds over bytes where that tells a latency, else all over all."""
     sizes, seconds = (np.array(column) for column in zip(*carried, strict=True))
@@ -186,70 +142,22 @@ def _foretold(folder: Path, speeds: Speeds) -> Timeline | None:
         rows = [row for row in registry.devices() if not row.revoked and row.depth is not None]
     if shape is None or prepared is None or (SERVER, "train") not in speeds.flops:
         return None
-    cost = bytes_per_token(run.config.wire.name, prepared)
-    _refuse_endless(run.config, [row.announcement for row in rows if row.announcement], cost)
-    events, flops, links = EventList(), dict(speeds.flops), dict(speeds.links)
-    ready: list[int] = []
-    for row in rows:
-        if row.announcement is None or row.profile is None or row.depth is None:
-            return None
-        flops[row.id, "front"] = row.profile.flops
-        links[row.id, SERVER] = Link(row.profile.uplink_bps)
-        count = max(1, math.ceil(row.announcement.tokens * cost / run.config.wire.chunk_bytes))
-        load = _mean_load(row.announcement, 1 / count)
-        front = forward_flops(shape, row.depth, load)
-        pieces = [Piece(step, front, 0.0, load.tokens * cost) for step in range(count)]
-        sends = events.pipeline(row.id, pieces)
-        lift = forward_flops(shape, run.config.model.cut - row.depth, load)
-        ready += (
-            sends
-            if not lift
-            else [
-                events.compute((SERVER, "lift", step), lift, (send,))
-                for step, send in enumerate(sends)
-            ]
-        )
+    if any(row.announcement is None or row.profile is None for row in rows):
+        return None
+    parts = [
+        Part(row.id, row.depth, row.announcement.samples, row.announcement.tokens)
+        for row in rows
+        if row.announcement is not None and row.depth is not None
+    ]
+    cost = bytes_per_token(prepared)
+    refuse_endless(run.config, parts, cost)
+    expected = Expected(run.config, shape, cost)
+    expected.train(parts, expected.send(parts))
+    probed = {row.id: row.profile for row in rows if row.profile is not None}
+    flops = dict(speeds.flops) | {(who, "front"): one.flops for who, one in probed.items()}
     flops.setdefault((SERVER, "lift"), flops[SERVER, "train"])
-    announced = [row.announcement for row in rows if row.announcement is not None]
-    _train(events, run.config, shape, announced, tuple(ready))
-    return simulate(events.events, Speeds(flops, links))
-
-
-def _refuse_endless(config: Config, announced: Sequence[Announcement], cost: float) -> None:
-    """Announcements are only numbers that devices sent. Raises RequestError."""
-    chunks = sum(one.tokens for one in announced) * cost / config.wire.chunk_bytes
-    steps = sum(one.samples for one in announced) / config.train.batch_size * config.train.epochs
-    if chunks + steps > MOST_PIECES:
-        raise RequestError(
-            "devices announced too much for a forecast",
-            got=f"{chunks:.2g} chunks and {steps:.2g} steps",
-            allowed=f"{MOST_PIECES:,} together",
-            remedy="see `splitfrozen status` for who announced it",
-        )
-
-
-def _train(
-    log: EventList,
-    config: Config,
-    shape: ModelShape,
-    announced: Sequence[Announcement],
-    ready: tuple[int, ...],
-) -> None:
-    """Steps over what was announced, when all of it is there; evaluations are left out."""
-    samples = sum(one.samples for one in announced)
-    size = config.train.batch_size
-    mean = Tokens(0, 0, 0)
-    for one in announced:
-        mean += _mean_load(one, size / samples)
-    flops = step_flops(shape, config, mean, mean)
-    for step in range(math.ceil(samples / size) * config.train.epochs):
-        ready = (log.compute((SERVER, "train", step), flops, ready),)
-
-
-def _mean_load(announced: Announcement, part: float) -> Tokens:
-    """A part of what a device announced, all samples of one length."""
-    length = announced.tokens / announced.samples
-    return Tokens.uniform(part * announced.samples, length)
+    links = {(who, SERVER): Link(one.uplink_bps) for who, one in probed.items()}
+    return simulate(expected.log.events, Speeds(flops, {**speeds.links, **links}))
 
 
 # --- what is shown ---------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from splitfrozen.errors import WireError
-from splitfrozen.records import PROTOCOL, Activation, Chunk, EncodedSample, FrameHeader
-from splitfrozen.wire.codec import MAX_HIDDEN_BYTES, codec
+from splitfrozen.records import PROTOCOL, Activation, Chunk, Codec, EncodedSample, FrameHeader
+from splitfrozen.wire.codec import MAX_HIDDEN_BYTES
 
 MAGIC = b"SFZC"
 MAX_HEADER_BYTES = 1024 * 1024
@@ -113,10 +113,11 @@ def unpack(frame: bytes) -> tuple[FrameHeader, list[EncodedSample]]:
     return header, samples
 
 
-def activations(frame: bytes) -> tuple[FrameHeader, list[Activation]]:
-    """Check a frame, take it apart and decode it. Raises WireError."""
+def activations(frame: bytes, decoder: Codec) -> tuple[FrameHeader, list[Activation]]:
+    """Check a frame, take it apart and decode it. Raises WireError, also for another codec's."""
     header, samples = unpack(frame)
-    decoder = codec(header.codec)
+    if header.codec != decoder.name:
+        raise _wrong("has another codec", repr(header.codec), repr(decoder.name))
     return header, [
         Activation(
             sample.sample,

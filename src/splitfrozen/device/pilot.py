@@ -1,0 +1,87 @@
+"""A device under way: it watches its own speed, and changes its front when the server says so.
+
+The server plans by what the probe measured. A device whose front or link has since become faster or
+slower by more than MOVED tells it, and the server may plan what is still to come anew; a receipt
+then names another depth, and the next chunk is computed with that. What lies between two chunks
+changes nothing for the server: a chunk carries its depth.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from splitfrozen.device.pipeline import Making
+from splitfrozen.records import Assignment, ChunkSpan, DeviceProfile, Receipt
+
+MOVED = 0.2
+"""By what part speed or link must move to be told."""
+
+WINDOW, WINDOW_S = 5, 2.0
+"""Chunks, and seconds of computation or sending, that speeds are means over, at least."""
+
+_log = logging.getLogger(__name__)
+
+
+class Steered:
+    """A `pipeline.Pilot` that follows the server."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        open_making: Callable[[Assignment], Making],
+        assigned: Callable[[], Assignment],
+        tell: Callable[[DeviceProfile], None],
+        profile: DeviceProfile,
+    ) -> None:
+        """Begin with an assignment.
+
+        Args:
+            assignment: the first.
+            open_making: fetches what an assignment takes and opens it.
+            assigned: asks for the assignment as it is now.
+            tell: tells the server what this machine can do now.
+            profile: what the server was told.
+        """
+        self._assignment = assignment
+        self._open = open_making
+        self._assigned = assigned
+        self._tell = tell
+        self._told = profile
+        self._making = open_making(assignment)
+        self._wanted = assignment.depth
+        self._spans: list[tuple[ChunkSpan, int]] = []
+
+    def making(self) -> Making:
+        if self._wanted != self._assignment.depth:
+            self._assignment = self._assigned()
+            _log.info("computing depth %d from here on", self._assignment.depth)
+            self._making = self._open(self._assignment)
+            self._wanted = self._assignment.depth
+        return self._making
+
+    def sent(self, span: ChunkSpan, tokens: int, receipt: Receipt) -> None:
+        if receipt.depth:
+            self._wanted = receipt.depth
+        if span.depth != self._assignment.depth:
+            self._spans.clear()
+            return
+        self._spans.append((span, tokens))
+        computing = sum(span.front[1] for span, _ in self._spans)
+        sending = sum(span.send[1] for span, _ in self._spans)
+        if len(self._spans) < WINDOW or max(computing, sending) < WINDOW_S:
+            return
+        work = self._assignment.front.flops_per_token * sum(tokens for _, tokens in self._spans)
+        flops = work / max(computing, 1e-9)
+        bps = 8 * sum(span.bytes for span, _ in self._spans) / max(sending, 1e-9)
+        self._spans.clear()
+        if moved(self._told.flops, flops) or moved(self._told.uplink_bps, bps):
+            self._told = msgspec.structs.replace(self._told, flops=flops, uplink_bps=bps)
+            self._tell(self._told)
+
+
+def moved(before: float, now: float) -> bool:
+    """Whether a rate is not what it was."""
+    return abs(now - before) > MOVED * before

@@ -1,0 +1,128 @@
+"""What a served run is expected to do: its events by formula, and their times at given speeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as with_changes
+
+import msgspec
+
+from splitfrozen.config import Config
+from splitfrozen.errors import RequestError
+from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
+from splitfrozen.records import SERVER, Compute, Event
+from splitfrozen.runs.networklog import EventList, Piece, step_flops
+from splitfrozen.simulation import timeline
+from splitfrozen.simulation.network import Link, Machine, Network
+from splitfrozen.simulation.timeline import Timeline
+
+MOST_PIECES = 1_000_000
+"""Chunks and steps of a forecast: each is some events, which are held in memory."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast everybody is.
+
+    Attributes:
+        flops: FLOP/s by (party, phase); values/s of an encoder.
+        links: by (source, target).
+    """
+
+    flops: Mapping[tuple[str, str], float]
+    links: Mapping[tuple[str, str], Link]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a device sends: samples of the same length, computed to some depth."""
+
+    device: str
+    depth: int
+    samples: float
+    tokens: float
+
+    def load(self, share: float) -> Tokens:
+        """A share of it."""
+        length = self.tokens / self.samples
+        return Tokens.uniform(share * self.samples, length)
+
+
+class Expected:
+    """The events of a run in which everybody begins at once.
+
+    Devices encode in no time, chunks of a device are equal, and nothing is evaluated.
+    """
+
+    def __init__(self, config: Config, shape: ModelShape, bytes_per_token: float) -> None:
+        self.log = EventList()
+        self._config, self._shape, self._cost = config, shape, bytes_per_token
+
+    def send(self, parts: Iterable[Part], most_chunks: int | None = None) -> tuple[int, ...]:
+        """Everything is computed, sent and lifted; returns the events that end it.
+
+        `most_chunks` of a device: coarser than it will be, so that it is told sooner.
+        """
+        ready: list[int] = []
+        for part in parts:
+            chunks = max(1, math.ceil(part.tokens * self._cost / self._config.wire.chunk_bytes))
+            chunks = chunks if most_chunks is None else min(chunks, most_chunks)
+            load = part.load(1 / chunks)
+            front = forward_flops(self._shape, part.depth, load)
+            piece = Piece(0, front, 0.0, load.tokens * self._cost)
+            pieces = (with_changes(piece, step=step) for step in range(chunks))
+            sends = self.log.pipeline(part.device, pieces)
+            lift = forward_flops(self._shape, self._config.model.cut - part.depth, load)
+            ready += [
+                self.log.compute((SERVER, "lift", step), lift, (send,)) if lift else send
+                for step, send in enumerate(sends)
+            ]
+        return tuple(ready)
+
+    def train(self, parts: Sequence[Part], ready: tuple[int, ...]) -> None:
+        """All steps, once all of it is there."""
+        samples, size = sum(part.samples for part in parts), self._config.train.batch_size
+        mean = sum((part.load(size / samples) for part in parts), Tokens(0, 0, 0))
+        flops = step_flops(self._shape, self._config, mean, mean)
+        for step in range(math.ceil(samples / size) * self._config.train.epochs):
+            ready = (self.log.compute((SERVER, "train", step), flops, ready),)
+
+
+def refuse_endless(config: Config, parts: Sequence[Part], bytes_per_token: float) -> None:
+    """Announcements are only numbers that devices sent. Raises RequestError."""
+    chunks = sum(part.tokens for part in parts) * bytes_per_token / config.wire.chunk_bytes
+    steps = sum(part.samples for part in parts) / config.train.batch_size * config.train.epochs
+    if chunks + steps > MOST_PIECES:
+        raise RequestError(
+            "devices announced too much for a forecast",
+            got=f"{chunks:.2g} chunks and {steps:.2g} steps",
+            allowed=f"{MOST_PIECES:,} together",
+            remedy="see `splitfrozen status` for who announced it",
+        )
+
+
+def simulate(events: Sequence[Event], speeds: Speeds) -> Timeline:
+    """Replay events, without the times they may have, at these speeds. Raises RequestError.
+
+    A machine of the simulator has one speed for all phases, so it is given seconds of work at a
+    speed of 1; the result has the events with their FLOP.
+    """
+    bare = [msgspec.structs.replace(event, begin_s=None, end_s=None) for event in events]
+    seconds = [
+        msgspec.structs.replace(event, flops=_seconds(event, speeds))
+        if isinstance(event, Compute)
+        else event
+        for event in bare
+    ]
+    machines = {event.who: Machine(1.0) for event in bare if isinstance(event, Compute)}
+    found = timeline.replay(seconds, Network(machines, speeds.links))
+    return with_changes(found, events=bare)
+
+
+def _seconds(event: Compute, speeds: Speeds) -> float:
+    if not event.flops:
+        return 0.0
+    speed = speeds.flops[event.who, event.phase]
+    return event.flops / speed if speed else 0.0

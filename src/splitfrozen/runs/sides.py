@@ -1,0 +1,107 @@
+"""Side data of a run's codec: fitted once on public rows, a file for each depth.
+
+It goes to every device with its front, so the rows that it is made of must be nobody's secret. It
+holds means, directions and scales of activations, no sample.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from splitfrozen.config import Config
+from splitfrozen.data.readers import BadRow, Row, read_rows
+from splitfrozen.data.tasks import build_samples
+from splitfrozen.disk import write_whole
+from splitfrozen.errors import DataError
+from splitfrozen.model.blocks import SlicedModel
+from splitfrozen.records import FileRef, Floats, Sample, TaskSpec
+from splitfrozen.runs.devices import TorchFront
+from splitfrozen.runs.folder import side_name
+from splitfrozen.training.batching import split
+from splitfrozen.wire.codec import codec, needs_side
+from splitfrozen.wire.side import Side
+
+PUBLIC_ROWS = 2000
+"""More rows change the fit by less than what it is good for."""
+
+log = logging.getLogger("splitfrozen.sides")
+
+
+def fit_sides(
+    config: Config,
+    sliced: SlicedModel,
+    task: TaskSpec,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    depths: Iterable[int],
+) -> tuple[dict[int, FileRef], dict[int, float]]:
+    """Fit what the run's codec needs, and write it into `folder`.
+
+    Returns:
+        By depth: the file, and the mean bytes of a token encoded with it; both empty for a codec
+        that needs nothing.
+
+    Raises DataError where `wire.public` cannot be read or has no good row, StoreError.
+    """
+    name = config.wire.name
+    if not needs_side(name):
+        return {}, {}
+    samples = _public_samples(config, task, tokenizer)
+    files: dict[int, FileRef] = {}
+    rates: dict[int, float] = {}
+    for depth in depths:
+        compute = _computed(TorchFront(sliced, depth), samples, config.train.micro_tokens)
+        side = Side.fit(compute())
+        data, digest = side.to_bytes(), side.sha256
+        files[depth] = FileRef(name=side_name(digest), sha256=digest, bytes=len(data))
+        write_whole(folder / files[depth].name, data)
+        chosen = codec(name, side)
+        tokens = sum(sample.length for sample in samples)
+        rates[depth] = sum(len(chosen.encode(hidden)) for hidden in compute()) / tokens
+        log.info(
+            "%s at depth %d: %.0f bytes a token, %.1f times less than float32",
+            name,
+            depth,
+            rates[depth],
+            4 * sliced.width / rates[depth],
+        )
+    return files, rates
+
+
+def _public_samples(config: Config, task: TaskSpec, tokenizer: Tokenizer | None) -> list[Sample]:
+    assert config.wire.public is not None, "the config saw to it"
+    columns = {ours: theirs for ours, theirs in task.columns.items() if ours != "label"}
+    rows = islice(read_rows(config.wire.public, columns, report=_log_bad_row), PUBLIC_ROWS)
+    # Public text has no label of this task, and none is looked at.
+    labelled = (Row(row.file, row.line, {"label": task.labels[0], **row.values}) for row in rows)
+    made = rows if task.kind == "causal_lm" else labelled
+    samples = list(build_samples(made, task, tokenizer, report=_log_bad_row))
+    if not samples:
+        raise DataError(
+            "`wire.public` has no usable row",
+            got=config.wire.public,
+            allowed="one good row or more",
+            remedy="mend the rows that were reported",
+        )
+    return samples
+
+
+def _computed(
+    front: TorchFront, samples: Sequence[Sample], micro_tokens: int
+) -> Callable[[], Iterator[Floats]]:
+    """The activations of the samples, computed anew by each call: they need not fit in memory."""
+
+    def compute() -> Iterator[Floats]:
+        for group in split([sample.length for sample in samples], micro_tokens):
+            yield from front([samples[i] for i in group])
+
+    return compute
+
+
+def _log_bad_row(bad: BadRow) -> None:
+    log.warning("public row left out: %s", bad)

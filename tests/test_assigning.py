@@ -1,0 +1,215 @@
+"""`depth = "auto"`: when depths are planned, and planned anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig, WireSpec
+from splitfrozen.model.costs import Tokens, forward_flops, gpt2_small
+from splitfrozen.records import (
+    PROTOCOL,
+    Announcement,
+    DeviceProfile,
+    EncodedSample,
+    Enrolment,
+    FrontManifest,
+    Prepared,
+    TaskSpec,
+)
+from splitfrozen.runs.assigning import Assigning
+from splitfrozen.runs.folder import RunFolder
+from splitfrozen.server.registry import Registry
+from splitfrozen.server.store import Store
+from splitfrozen.wire.codec import codec
+from splitfrozen.wire.frame import Origin, header_of
+
+CUT = 3
+SHAPE = gpt2_small()
+SAMPLES, LENGTH = 200, 64
+BLOCK = forward_flops(SHAPE, 1, Tokens.uniform(SAMPLES, LENGTH))
+"""FLOP of one block over all samples of a device."""
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """A run whose devices announce and measure what they are told."""
+
+    def __init__(self, folder: Path, spec: DevicesSpec) -> None:
+        config = Config(
+            model=ModelSpec(name="gpt2", cut=CUT),
+            task=TaskConfig(labels=("a", "b")),
+            devices=spec,
+            run=RunSpec(folder=str(folder)),
+            wire=WireSpec(codec="float16", compression="none"),
+        )
+        self.clock = Clock()
+        self.run = RunFolder.create(config)
+        self.registry = Registry(folder, self.clock)
+        self.registry.ensure_slots(spec.count)
+        self.store = Store(self.run.store)
+        self.assigning = Assigning(self.run, self.registry, self.store)
+
+    def prepare(self, lifts: float) -> None:
+        fronts = tuple(
+            FrontManifest(n, SHAPE.width, "float32", f"{n}" * 64, "g", (), n, 1000 * n)
+            for n in range(1, CUT + 1)
+        )
+        task = TaskSpec(kind="classification", columns={}, labels=("a", "b"), max_tokens=LENGTH)
+        made = Prepared(task, None, fronts, SHAPE.blocks, SHAPE.width, 9, "0" * 64, "float16")
+        self.run.write_prepared(made)
+        self.run.report({"event": "shape", "shape": msgspec.to_builtins(SHAPE)})
+        self.run.report({"event": "speed", "flops": lifts})
+
+    def join(self, slot: int, block_s: float, link_s: float = 0.01, memory: int = 10_000) -> None:
+        """A device that takes so long for a block, and for its link."""
+        device = f"device-0{slot}"
+        self.registry.enrol(
+            Enrolment(PROTOCOL, self.registry.tokens()[device], f"{slot}" * 43, device, "0.1.0")
+        )
+        tokens = SAMPLES * LENGTH
+        self.registry.announce(device, Announcement(SAMPLES, tokens, 0, "0" * 64))
+        self.measure(slot, block_s, link_s, memory)
+
+    def measure(
+        self, slot: int, block_s: float, link_s: float = 0.01, memory: int = 10_000
+    ) -> None:
+        bits = 8 * 2 * SHAPE.width * SAMPLES * LENGTH
+        said = DeviceProfile(BLOCK / block_s, memory, bits / link_s, 1, "")
+        self.registry.profile(f"device-0{slot}", said)
+
+    def send(self, slot: int, samples: int, depth: int) -> None:
+        device = f"device-0{slot}"
+        origin = Origin("run", device, "0" * 64, depth, SHAPE.width, "float16")
+        payload = codec("float16").encode(np.zeros((LENGTH, SHAPE.width), np.float32))
+        target = np.zeros(1, np.int32)
+        encoded = [EncodedSample(i, LENGTH, target, payload) for i in range(samples)]
+        self.store.add(header_of(origin, 0, encoded), "0" * 64, encoded)
+
+    def depths(self) -> list[int | None]:
+        self.assigning.look()
+        return [row.depth for row in self.registry.devices()]
+
+    def plans(self) -> list[dict[str, object]]:
+        return self.run.events("plan")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path / "run", DevicesSpec(count=3))
+    with closing(made.registry), closing(made.store):
+        yield made
+
+
+def test_nobody_is_placed_before_everybody_is_measured(world: World) -> None:
+    world.join(0, 1.0)
+    world.join(1, 1.0)
+    assert world.depths() == [None] * 3, "nothing is prepared"
+    world.prepare(lifts=BLOCK)
+    assert world.depths() == [None] * 3, "one is missing"
+    world.join(2, 1.0)
+    assert None not in world.depths()
+    assert len(world.plans()) == 1
+    assert len(world.plans()) == 1, "once"
+
+
+def test_fast_devices_go_deeper_than_slow_ones(world: World) -> None:
+    # The server lifts a device's block in two seconds; the slow one takes ten for its first.
+    world.prepare(lifts=BLOCK / 2)
+    for slot, block_s in enumerate((10.0, 0.1, 0.1)):
+        world.join(slot, block_s)
+    assert world.depths() == [1, 2, 2]
+    (plan,) = world.plans()
+    # Ten seconds of the slow one, its link, and the lift of its last piece.
+    assert float(str(plan["seconds"])) == pytest.approx(10.0, rel=0.1)
+
+
+def test_a_server_that_is_far_faster_takes_all(world: World) -> None:
+    world.prepare(lifts=1e4 * BLOCK)
+    for slot in range(3):
+        world.join(slot, 5.0)
+    assert world.depths() == [1, 1, 1]
+
+
+def test_memory_bounds_the_depth(world: World) -> None:
+    world.prepare(lifts=BLOCK / 10)
+    world.join(0, 0.1, memory=2500)
+    world.join(1, 0.1)
+    world.join(2, 0.1, memory=100)
+    assert world.depths() == [2, 3, None], "the last holds no front, and holds nobody up"
+
+
+def test_gather_s_ends_the_waiting_and_who_is_late_is_placed_too(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", DevicesSpec(count=2, gather_s=60))
+    with closing(world.registry), closing(world.store):
+        world.prepare(lifts=2 * BLOCK)
+        world.join(0, 0.1)
+        world.clock.now += 59
+        assert world.depths() == [None, None]
+        world.clock.now += 1
+        assert world.depths() == [3, None]
+        world.join(1, 0.1)
+        assert world.depths() == [3, 3]
+        assert len(world.plans()) == 2
+
+
+def test_a_device_that_becomes_slow_gets_a_shallower_front(world: World) -> None:
+    world.prepare(lifts=2 * BLOCK)
+    for slot in range(3):
+        world.join(slot, 0.1)
+    assert world.depths() == [3, 3, 3]
+    world.send(0, 50, depth=3)
+    world.measure(0, 0.11)
+    assert world.depths() == [3, 3, 3]
+    assert len(world.plans()) == 1, "a tenth is no move"
+    world.measure(0, 4.0)
+    assert world.depths() == [1, 3, 3]
+    assert world.registry.device("device-00").depths == (1, 3)
+    last = world.plans()[-1]
+    assert "device-00 moved" in str(last["why"])
+    # Three quarters of its samples are left, at four seconds for all of one block.
+    assert float(str(last["seconds"])) == pytest.approx(3.0, rel=0.2)
+    assert world.depths() == [1, 3, 3]
+    assert len(world.plans()) == 2
+
+
+def test_depths_stay_where_others_would_gain_little(world: World) -> None:
+    world.prepare(lifts=BLOCK / 2)
+    for slot, block_s in enumerate((10.0, 0.1, 0.1)):
+        world.join(slot, block_s)
+    assert world.depths() == [1, 2, 2]
+    world.measure(1, 0.2)
+    assert world.depths() == [1, 2, 2]
+    assert len(world.plans()) == 2, "it was planned, and the old plan is as good"
+
+
+def test_a_server_that_starts_again_plans_nothing_by_itself(world: World) -> None:
+    world.prepare(lifts=2 * BLOCK)
+    for slot in range(3):
+        world.join(slot, 0.1)
+    assert world.depths() == [3, 3, 3]
+    world.assigning = Assigning(world.run, world.registry, world.store)
+    assert world.depths() == [3, 3, 3]
+    assert len(world.plans()) == 1
+    world.measure(2, 9.0)
+    assert world.depths() == [3, 3, 1]
+
+
+def test_a_list_of_depths_is_nobodys_business(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", DevicesSpec(count=2, depth=(1, 2)))
+    with closing(world.registry), closing(world.store):
+        world.prepare(lifts=BLOCK)
+        world.join(0, 0.1)
+        world.join(1, 0.1)
+        assert world.depths() == [None, None]
