@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import logging
+import signal
 import ssl
 import subprocess
 import sys
@@ -161,6 +162,14 @@ def work(front: NumpyFront, rows: Sequence[Sample], name: str = "float16+zstd") 
     return Work(rows, chunks, Fixed(Making(front, one, origin)))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, though whoever started the tests may have told them to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(task: Work, uploader: Memory) -> DeviceReport:
     return upload_all(task, uploader, Progress(len(task.samples)), threading.Event())
 
@@ -293,6 +302,7 @@ def test_an_error_of_any_stage_stops_the_others_and_comes_out_once() -> None:
     stages_end()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_stops_all_stages_even_in_a_blocked_upload() -> None:
     class Interrupted(Memory):
         def __init__(self, stop: threading.Event) -> None:

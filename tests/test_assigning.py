@@ -59,7 +59,8 @@ class World:
         self.registry = Registry(folder, self.clock)
         self.registry.ensure_slots(spec.count)
         self.store = Store(self.run.store)
-        self.assigning = Assigning(self.run, self.registry, self.store)
+        self.now = 0.0
+        self.assigning = Assigning(self.run, self.registry, self.store, lambda: self.now)
 
     def prepare(self, lifts: float) -> None:
         fronts = tuple(
@@ -98,6 +99,7 @@ class World:
         self.store.add(header_of(origin, 0, encoded), "0" * 64, encoded)
 
     def depths(self) -> list[int | None]:
+        self.now += 60.0
         self.assigning.look()
         return [row.depth for row in self.registry.devices()]
 
@@ -199,7 +201,7 @@ def test_a_server_that_starts_again_plans_nothing_by_itself(world: World) -> Non
     for slot in range(3):
         world.join(slot, 0.1)
     assert world.depths() == [3, 3, 3]
-    world.assigning = Assigning(world.run, world.registry, world.store)
+    world.assigning = Assigning(world.run, world.registry, world.store, lambda: world.now)
     assert world.depths() == [3, 3, 3]
     assert len(world.plans()) == 1
     world.measure(2, 9.0)
@@ -213,3 +215,62 @@ def test_a_list_of_depths_is_nobodys_business(tmp_path: Path) -> None:
         world.join(0, 0.1)
         world.join(1, 0.1)
         assert world.depths() == [None, None]
+
+
+@pytest.mark.parametrize("rate", [1e-308, 1e308])
+def test_a_device_that_lies_decides_its_own_depth_alone(world: World, rate: float) -> None:
+    world.prepare(lifts=BLOCK / 2)
+    for slot, block_s in enumerate((10.0, 0.1, 0.1)):
+        world.join(slot, block_s)
+    world.registry.profile("device-02", DeviceProfile(rate, 10_000, rate, 1, ""))
+    assert None not in world.depths()
+    assert world.depths()[1] >= 1  # type: ignore[operator]
+
+
+def test_more_tokens_than_announced_end_nothing(world: World) -> None:
+    world.prepare(lifts=BLOCK / 2)
+    for slot in range(3):
+        world.join(slot, 0.1)
+    before = world.depths()
+    said = Announcement(SAMPLES, SAMPLES, 0, "0" * 64)
+    with world.registry._database.write() as database:
+        database.execute(
+            "UPDATE devices SET announcement = ? WHERE id = 'device-00'",
+            (msgspec.msgpack.encode(said),),
+        )
+    world.send(0, 50, depth=3)
+    world.measure(1, 0.5)
+    assert None not in world.depths()
+    assert len(before) == 3
+    assert len(world.plans()) == 2
+
+
+def test_an_error_leaves_depths_as_they_are_and_is_tried_again_later(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.prepare(lifts=BLOCK / 2)
+    for slot in range(3):
+        world.join(slot, 0.1)
+    metrics = world.run.root / "metrics.jsonl"
+    kept = metrics.read_bytes()
+    (world.run.root / "prepared.json").write_text("{")
+    assert world.depths() == [None] * 3
+    assert "depths stay as they are" in caplog.text
+    (world.run.root / "prepared.json").unlink()
+    metrics.write_bytes(kept)
+    world.prepare(lifts=BLOCK / 2)
+    assert None not in world.depths()
+
+
+def test_who_is_late_moves_nobody_else_for_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", DevicesSpec(count=3, gather_s=60))
+    with closing(world.registry), closing(world.store):
+        world.prepare(lifts=BLOCK / 2)
+        for slot, block_s in ((0, 10.0), (1, 0.1)):
+            world.join(slot, block_s)
+        world.clock.now += 60
+        before = world.depths()
+        world.join(2, 0.1)
+        after = world.depths()
+        assert after[2] is not None
+        assert after[0] == before[0]

@@ -157,18 +157,19 @@ def test_coefficients_are_at_most_a_step_off(fitted: Side):
     assert np.abs(off).max() > 0.125
 
 
-def test_a_louder_token_is_of_a_higher_class(fitted: Side):
-    """Gains tell loud tokens from quiet ones; without them both would share a code."""
+def test_loud_tokens_and_quiet_ones_have_codes_of_their_own(fitted: Side):
+    """Fewer bits than the entropy of each channel over all tokens."""
     source = stream(0, "loud")
-    spreads = np.exp2(fitted.spreads / 2)
-    left = (
-        source.normal(size=(200, WIDTH)) * spreads * np.where(np.arange(200) % 2, 3, 0.3)[:, None]
-    )
-    hidden = fitted.backward((fitted.centres[0] + left).astype(np.float32))
-    one = dataclasses.replace(fitted, centres=fitted.centres[:1])
-    form = Ecsq(1, one)
-    gains = form._gains(form._scaled(hidden)[1])
-    assert gains[1::2].min() > gains[::2].max()
+    loudness = np.where(np.arange(400) % 2, 4, 0.25)[:, None]
+    left = source.normal(size=(400, WIDTH)) * np.exp2(fitted.spreads / 2) * loudness
+    hidden = fitted.backward(left.astype(np.float32))
+    form = Ecsq(0.4, dataclasses.replace(fitted, centres=np.zeros((1, WIDTH), np.float32)))
+    decoded = fitted.forward(form.decode(form.encode(hidden, 0), *hidden.shape))
+    entropy = 0.0
+    for channel in np.rint(decoded / 0.4).T:
+        share = np.unique(channel, return_counts=True)[1] / len(channel)
+        entropy -= float((share * np.log2(share)).sum()) / WIDTH
+    assert bits(form, hidden) < 0.92 * entropy
 
 
 def test_outliers_are_carried_beyond_the_layers(fitted: Side):
@@ -176,11 +177,18 @@ def test_outliers_are_carried_beyond_the_layers(fitted: Side):
     hidden[3, 4] = 3e4
     form = Ecsq(0.5, fitted)
     values = form.decode(form.encode(hidden, 0), *hidden.shape)
-    assert np.abs(form._scaled(hidden)[1]).max() > 100 * LAYERS
+    assert np.abs(fitted.forward(hidden)).max() > 100 * LAYERS * form.step
     assert (np.abs(values - hidden) <= form.bound(hidden)).all()
     assert abs(values[3, 4] - 3e4) < 30
     with pytest.raises(WireError, match=f"too large for ecsq.*below {LARGEST} steps"):
         form.encode(hidden * np.float32(1e6), 0)
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1, 1e3, 1e5])
+def test_bytes_are_bounded_whatever_comes(fitted: Side, largest: float):
+    hidden = stream(0, "any").uniform(-largest, largest, (30, WIDTH)).astype(np.float32)
+    form = Ecsq(0.1, fitted)
+    assert len(form.encode(hidden, 0)) <= form.most_bytes(*hidden.shape)
 
 
 def golden_side() -> Side:

@@ -194,6 +194,7 @@ def _attend(
         return Making(front, chosen, origin, front.interrupt)
 
     def tell(measured: DeviceProfile) -> None:
+        state.write("profile", measured)
         client.post("/v1/profile", measured)
 
     first = assigned()
@@ -210,7 +211,7 @@ def _attend(
     with closing(Progress(len(samples))) as progress:
         report = upload_all(Work(samples, chunks, pilot), HttpUploader(client), progress, stop)
     client.post("/v1/report", report)
-    return Joined(device, pilot.making().origin.depth, said, report)
+    return Joined(device, pilot.depth, said, report)
 
 
 def _enrol(request: JoinRequest, state: DeviceState, client: HttpClient) -> Enrolled:

@@ -54,18 +54,27 @@ class Steered:
         self._wanted = assignment.depth
         self._spans: list[tuple[ChunkSpan, int]] = []
 
+    @property
+    def depth(self) -> int:
+        """Of the chunks that are computed now."""
+        return self._assignment.depth
+
     def making(self) -> Making:
         if self._wanted != self._assignment.depth:
-            self._assignment = self._assigned()
-            _log.info("computing depth %d from here on", self._assignment.depth)
-            self._making = self._open(self._assignment)
-            self._wanted = self._assignment.depth
+            found = self._assigned()
+            # A receipt may be older than the assignment that it made us ask for.
+            if found.depth != self._assignment.depth:
+                _log.info("computing depth %d from here on", found.depth)
+                self._making = self._open(found)
+                self._assignment = found
+            self._wanted = found.depth
         return self._making
 
     def sent(self, span: ChunkSpan, tokens: int, receipt: Receipt) -> None:
         if receipt.depth:
             self._wanted = receipt.depth
-        if span.depth != self._assignment.depth:
+        assignment = self._assignment  # The other thread may replace it.
+        if span.depth != assignment.depth:
             self._spans.clear()
             return
         self._spans.append((span, tokens))
@@ -73,7 +82,7 @@ class Steered:
         sending = sum(span.send[1] for span, _ in self._spans)
         if len(self._spans) < WINDOW or max(computing, sending) < WINDOW_S:
             return
-        work = self._assignment.front.flops_per_token * sum(tokens for _, tokens in self._spans)
+        work = assignment.front.flops_per_token * sum(tokens for _, tokens in self._spans)
         flops = work / max(computing, 1e-9)
         bps = 8 * sum(span.bytes for span, _ in self._spans) / max(sending, 1e-9)
         self._spans.clear()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitfrozen.config import Config
@@ -36,11 +36,21 @@ GAIN = 0.05
 CHANGE = 0.01
 """Part of the time left that another depth of one device must save."""
 
-LOOKS = 200
-"""How often the judge is asked at most."""
+LOOKS, LOOKS_ALL = 200, 4000
+"""How often the judge is asked at most, for a device and for all: it takes longer with more."""
 
-CHUNKS = 30
-"""Of a device in the judge's eyes: more make hardly a difference to it and take longer."""
+CHUNKS, LEAST_CHUNKS, CHUNKS_ALL = 30, 4, 3000
+"""Of a device in the judge's eyes, at most and at least, and of all: more take longer and make
+hardly a difference."""
+
+KEPT = 20
+"""Where more devices than that get another depth, it is not asked for each whether it has to."""
+
+REST_S, REST, RETRY_S = 1.0, 10, 30.0
+"""Between two looks: so long, and so many times as long as the last one took; after an error."""
+
+SLOWEST, FASTEST = 1e3, 1e18
+"""What devices say of their speeds is taken to lie between, in FLOP/s or bit/s."""
 
 log = logging.getLogger("splitfrozen.assigning")
 
@@ -48,16 +58,36 @@ log = logging.getLogger("splitfrozen.assigning")
 class Assigning:
     """Gives devices their depths; `look` is called again and again."""
 
-    def __init__(self, run: RunFolder, registry: Registry, store: Store) -> None:
-        self._run, self._registry, self._store = run, registry, store
+    def __init__(
+        self,
+        run: RunFolder,
+        registry: Registry,
+        store: Store,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run, self._registry, self._store, self._clock = run, registry, store, clock
+        self._due = -math.inf
         self._house: _House | None = None
         self._devices: dict[str, makespan.Device] = {}
         """As they were when depths were planned last."""
 
     def look(self) -> None:
-        """Plan, if it is time to. Raises PlanError, StoreError."""
-        if self._run.config.devices.depth != "auto":
+        """Plan, if it is time to.
+
+        Where that fails, depths stay as they are, and the run goes on.
+        """
+        begin = self._clock()
+        if self._run.config.devices.depth != "auto" or begin < self._due:
             return
+        try:
+            self._look()
+            self._due = begin + max(REST_S, REST * (self._clock() - begin))
+        except Exception as error:
+            # What devices say decides nothing but depths, and must not end anything else.
+            log.warning("depths stay as they are: %s: %s", type(error).__name__, error)
+            self._due = begin + RETRY_S
+
+    def _look(self) -> None:
         self._house = self._house or _house(self._run)
         rows = self._able(self._house) if self._house else []
         fresh = [row.id for row in rows if row.depth is None]
@@ -79,6 +109,7 @@ class Assigning:
             row
             for row in self._registry.devices()
             if not row.revoked
+            and row.failure is None
             and row.announcement is not None
             and row.profile is not None
             and row.profile.memory_bytes >= least
@@ -101,7 +132,8 @@ class Assigning:
             if row.id in stored:
                 samples -= stored[row.id].samples
                 tokens -= stored[row.id].tokens
-            left[row.id] = samples, tokens
+            # Who announced fewer tokens than it sent has one a sample left.
+            left[row.id] = samples, max(samples, tokens)
         return left
 
     def _plan(self, house: _House, problem: Problem, rows: Sequence[DeviceRow], why: str) -> None:
@@ -112,13 +144,16 @@ class Assigning:
         def judge(one: Plan) -> float:
             return house.seconds(problem, one.depth)
 
-        if len(known) < len(now):
-            found = plan(problem, judge, looks=LOOKS)
-            depths, seconds = found.plan.depth, found.makespan_s
+        looks = min(LOOKS, max(20, LOOKS_ALL // len(problem.devices)))
+        if not known:
+            found = plan(problem, judge, looks=looks)
+            depths, seconds = dict(found.plan.depth), found.makespan_s
         else:
-            depths, seconds = known, house.seconds(problem, known)
-            found = replan(problem, _followed(problem, known), judge, LOOKS)
-            if found.makespan_s < (1 - GAIN) * seconds:
+            # Who has no depth yet has to start somewhere; the plan says where.
+            depths = {device: known.get(device, house.shallowest(device, rows)) for device in now}
+            seconds = house.seconds(problem, depths)
+            found = replan(problem, _followed(problem, depths), judge, looks)
+            if len(known) < len(now) or found.makespan_s < (1 - GAIN) * seconds:
                 depths, seconds = house.kept(problem, known, found)
         self._registry.assign(depths)
         log.info("%s: everything at the cut in %.1f s from now", why, seconds)
@@ -160,18 +195,19 @@ class _House:
             devices.append(
                 makespan.Device(
                     id=row.id,
-                    flops=row.profile.flops,
+                    flops=min(max(row.profile.flops, SLOWEST), FASTEST),
                     memory_bytes=row.profile.memory_bytes,
                     samples=samples,
                     tokens=tokens,
                     front=tuple(forward_flops(self.shape, n + 1, load) for n in range(cut)),
                     lift=tuple(forward_flops(self.shape, cut - n - 1, load) for n in range(cut)),
-                    bps=row.profile.uplink_bps,
+                    bps=min(max(row.profile.uplink_bps, SLOWEST), FASTEST),
                 )
             )
         size = max((device.tokens for device in devices), default=0.0) * self.knob.bytes_per_token
         # No larger than the judge's pieces, or a bound would be none.
-        part = 1 / max(1, min(CHUNKS, math.ceil(size / self.config.wire.chunk_bytes)))
+        pieces = min(_pieces(len(devices)), math.ceil(size / self.config.wire.chunk_bytes))
+        part = 1 / max(1, pieces)
         server = Server(flops=self.lifts, train=0.0, after=0.0, first=part, last=part)
         return Problem(tuple(devices), self.memory_bytes, server, (self.knob,))
 
@@ -181,22 +217,34 @@ class _House:
         """A plan's depths, and its seconds, where devices whose change gains nothing stay as they
         are: to change costs a download and the opening of a front."""
         depths, seconds = dict(found.plan.depth), found.makespan_s
-        for device in sorted(depths):
-            if depths[device] != known[device]:
-                trial = {**depths, device: known[device]}
-                if (found_s := self.seconds(problem, trial)) <= (1 + CHANGE) * found.makespan_s:
-                    depths, seconds = trial, found_s
+        changed = [device for device in sorted(known) if depths[device] != known[device]]
+        for device in changed if len(changed) <= KEPT else ():
+            trial = {**depths, device: known[device]}
+            if (found_s := self.seconds(problem, trial)) <= (1 + CHANGE) * found.makespan_s:
+                depths, seconds = trial, found_s
         return depths, seconds
+
+    def shallowest(self, device: str, rows: Sequence[DeviceRow]) -> int:
+        """Depth of the shallowest front that a device holds."""
+        memory = next(
+            row.profile.memory_bytes for row in rows if row.id == device and row.profile is not None
+        )
+        return next(n for n, need in enumerate(self.memory_bytes, 1) if need <= memory)
 
     def seconds(self, problem: Problem, depths: Mapping[str, int]) -> float:
         """Until everything is at the cut, by the simulator."""
         expected = Expected(self.config, self.shape, self.knob.bytes_per_token)
         parts = (Part(d.id, depths[d.id], d.samples, d.tokens) for d in problem.devices)
-        expected.send(parts, CHUNKS)
+        expected.send(parts, _pieces(len(problem.devices)))
         flops = {(device.id, "front"): device.flops for device in problem.devices}
         links = {(device.id, SERVER): Link(device.bps) for device in problem.devices}
         speeds = Speeds({**flops, (SERVER, "lift"): self.lifts}, links)
         return simulate(expected.log.events, speeds).makespan
+
+
+def _pieces(devices: int) -> int:
+    """Chunks of a device at most, for the judge."""
+    return max(LEAST_CHUNKS, min(CHUNKS, CHUNKS_ALL // max(1, devices)))
 
 
 def _house(run: RunFolder) -> _House | None:

@@ -203,10 +203,14 @@ class RunFolder:
     def _side(self, digest: str) -> Side:
         path = self.files / side_name(digest)
         try:
-            return Side.from_bytes(path.read_bytes())
+            found = Side.from_bytes(path.read_bytes())
+            problem = "" if found.sha256.startswith(digest) else "other content than its name says"
         except (OSError, WireError) as error:
+            problem = str(error)
+        if problem:
             remedy = "restore it from a copy, or give the run another folder"
-            raise _damaged(path, str(error), remedy) from error
+            raise _damaged(path, problem, remedy)
+        return found
 
     @property
     def training(self) -> Path:

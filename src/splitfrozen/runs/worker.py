@@ -103,6 +103,8 @@ def work(run: RunFolder, stop: threading.Event) -> None:
         read_rows(run.config.task.eval, {}, report=lambda _: None)
     sliced = load_sliced(run.config)
     prepared = prepare(run, sliced)
+    for depth in prepared.sides:
+        run.codecs(prepared.codec_at(depth))  # Damage is told now, not to devices.
     # Until here a signal ends us at once: files are written whole or not at all.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -38,11 +38,10 @@ MAX_HIDDEN_BYTES = 64 * 1024 * 1024
 MAX_NAME = 40
 """Characters of a name: what a frame's header holds."""
 
-_ENDS = tuple(f"+{method}" for method in entropy.METHODS)
-
 SHA_DIGITS = 16
 """Of side data, in a name."""
 
+_ENDS = tuple(f"+{method}" for method in entropy.METHODS)
 
 CODECS = tuple(f"{form}{end}" for form in NUMBERS for end in ("", *_ENDS))
 """All names without parameters."""

@@ -140,6 +140,7 @@ class Ecsq:
         inexact = np.abs(hidden - self.side.backward(coefficients))
         sizes = missing + np.abs(coefficients) * np.float32(2**-18)  # What sums round off.
         bound: Floats = sizes @ np.abs(self.side.basis.T) * self.side.unit + inexact
+        bound *= np.float32(1 + 2**-18)  # The bound's own sums round off, too.
         return bound
 
     @property

@@ -11,7 +11,7 @@ known spread. `unit` makes the mean square of an activation's coefficients about
     float16     basis [D, D], row by row; centres [K, D]
     int8        spreads [D]
 
-All little-endian. They hold means, directions and scales, no sample.
+All little-endian. They hold means, directions and scales of public text, and nothing of a device.
 """
 
 from __future__ import annotations
@@ -76,14 +76,15 @@ class Side:
         found = _cluster(centred, max(1, min(centres, len(centred) // _TOKENS_PER_CENTRE)))
         left = centred - found[nearest(centred, found)]
         variances, basis = np.linalg.eigh(left.T.astype(np.float64) @ left / len(left))
+        variances, basis = variances[::-1], basis[:, ::-1]
         unit = np.float32(np.sqrt(np.mean(np.square(centred, dtype=np.float64))) or 1)
+        # Half octaves of the deviation are octaves of the variance.
+        spreads = np.log2(np.maximum(variances, 2.0**-120) / float(unit) ** 2)
         return cls(
-            basis=_halved(basis[:, ::-1]),
+            basis=_halved(basis),
             unit=unit,
-            centres=_halved((mean + found) @ basis[:, ::-1] / unit),
-            spreads=np.rint(
-                np.clip(np.log2(np.maximum(variances[::-1], 2.0**-120) / unit**2), -126, 126)
-            ).astype(np.int8),
+            centres=_halved((mean + found) @ basis / unit),
+            spreads=np.rint(np.clip(spreads, -126, 126)).astype(np.int8),
         )
 
     def forward(self, hidden: Floats) -> Floats:
@@ -142,9 +143,11 @@ def nearest(rows: Floats, centres: Floats) -> npt.NDArray[np.int64]:
 
 def _first(activations: Iterable[Floats]) -> Floats:
     parts: list[Floats] = []
+    taken = 0
     for hidden in activations:
         parts.append(hidden)
-        if sum(part.nbytes for part in parts) >= _FIT_BYTES:
+        taken += hidden.nbytes
+        if taken >= _FIT_BYTES:
             break
     return np.concatenate(parts)
 
