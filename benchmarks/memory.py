@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,8 @@ def save_gpt2(folder: Path, tokenizer: Path) -> None:
 
 def text_rows(data: Path, count: int, joined: int) -> str:
     """Rows of MRPC's sentences, `joined` pairs in each."""
-    lines = (data / "train.jsonl").read_text().splitlines()[: count * joined]
-    pairs = [json.loads(line) for line in lines]
+    with (data / "train.jsonl").open() as file:
+        pairs = [json.loads(line) for line in islice(file, count * joined)]
     texts = [f"{pair['text']} {pair['text_pair']}" for pair in pairs]
     rows = (
         {"text": " ".join(texts[i : i + joined]), "label": pairs[i]["label"]}

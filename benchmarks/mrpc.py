@@ -64,7 +64,8 @@ port = 0
 
 def main() -> None:
     arguments = _arguments()
-    rows = [json.loads(line) for line in (arguments.data / "train.jsonl").read_text().splitlines()]
+    with (arguments.data / "train.jsonl").open() as file:
+        rows = [json.loads(line) for line in file]
     labels = [row["label"] for row in rows]
     partitions = {
         "dirichlet 0.1": dirichlet(labels, DEVICES, 0.1, arguments.seed),

@@ -192,11 +192,12 @@ def measure(folder: Path, settings: Iterable[tuple[float, int]], seed: int, data
 
 def trained(arguments: argparse.Namespace, folder: Path) -> Path:
     """Train on four fifths of the rows, the others as `task.eval`; returns the run's folder."""
-    lines = (arguments.data / "train.jsonl").read_text().splitlines()
+    with (arguments.data / "train.jsonl").open() as file:
+        lines = list(file)
     order = rng.stream(arguments.seed, "held").permutation(len(lines))[: arguments.rows]
     held = len(order) // 5
     for name, part in (("held", order[:held]), ("train", order[held:])):
-        (folder / f"{name}.jsonl").write_text("".join(f"{lines[row]}\n" for row in part))
+        (folder / f"{name}.jsonl").write_text("".join(lines[row] for row in part))
     toml = folder / "run.toml"
     name = json.dumps(str(arguments.model.resolve()))
     toml.write_text(CONFIG.format(model=name, seed=arguments.seed, epochs=arguments.epochs))

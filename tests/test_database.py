@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,26 @@ def look(path: Path) -> str:
     """What a process sees that opens the database, reads and closes, as `status` does."""
     command = [sys.executable, "-c", OPEN + LOOK, str(path), SCHEMA]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_file_that_another_process_is_writing_for_the_first_time_is_waited_for(
+    path: Path,
+) -> None:
+    # SQLite itself does not wait here: the file is not yet in write-ahead mode, and has a writer.
+    creator = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    creator.execute("BEGIN IMMEDIATE")
+    other = sqlite3.connect(path, timeout=10)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("PRAGMA journal_mode = WAL")
+    other.close()
+    done = threading.Timer(0.1, lambda: creator.execute("COMMIT"))
+    done.start()
+    database = Database(path, SCHEMA, 1)
+    done.join()
+    with database.read() as connection:
+        assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+    database.close()
+    creator.close()
 
 
 def test_who_looks_and_closes_takes_nothing_from_who_serves(path: Path) -> None:

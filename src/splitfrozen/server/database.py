@@ -16,6 +16,7 @@ import re
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "9p", "fuse.sshfs", "ceph", "afs"}
 )
 BUSY_S = 30.0
+RETRY_S = 0.01
 IDLE_CONNECTIONS = 4
 SPARE_BYTES = 1 << 20
 
@@ -122,7 +124,7 @@ class Database:
             self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
         )
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _write_ahead(connection)
             connection.execute("PRAGMA synchronous = FULL")
             # What was deleted (a used token, a purged device) is overwritten.
             connection.execute("PRAGMA secure_delete = ON")
@@ -155,6 +157,23 @@ def _create(path: Path) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log, waiting for others that read or switch.
+
+    The first switch of a new file needs the file alone, and SQLite does not wait for that:
+    of two processes that create one database one is told at once that it is locked.
+    """
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(RETRY_S)
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write."""
     return shutil.disk_usage(folder).free
@@ -166,7 +185,7 @@ def refuse_network_folder(folder: Path, mounts: Path = Path("/proc/mounts")) -> 
         return
     where = folder.resolve()
     best, kind = Path(), ""
-    for line in mounts.read_text().splitlines():
+    for line in mounts.read_text().split("\n")[:-1]:
         _, point, found, *_ = line.split(" ")
         # Blanks in a mount point are written as octal escapes.
         at = Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), point))
