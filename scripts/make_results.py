@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from splitfrozen.studies import plots
-from splitfrozen.studies.findings import measures, scores, told_gains
+from splitfrozen.studies.findings import scores, told_gains
+from splitfrozen.studies.scores import measures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -104,6 +104,12 @@ ACCURACY: dict[tuple[MethodName, str], float] = {
     ("splitfrozen", "iid"): 0.79,
     ("splitfrozen", "dirichlet"): 0.78,
 }
+SENT: dict[MethodName, int] = {
+    "centralized": 10_000,
+    "fedlora": 3_000_000,
+    "splitlora": 9_000_000,
+    "splitfrozen": 1_000_000,
+}
 BEST_RATE: dict[MethodName, float] = {
     "centralized": 1e-3,
     "fedlora": 8e-3,
@@ -134,6 +140,8 @@ class Fake:
             before={"accuracy": 0.5},
             after={"accuracy": accuracy, "loss": 1 - accuracy},
             seconds=2.5,
+            # As of a cell of an earlier version.
+            bytes=None if cell.config.method.shuffle == "none" else SENT[method],
             evaluations=({"epoch": 0, "step": 3, "accuracy": accuracy},),
             losses=((1, 0.7), (3, 0.5)),
         )
@@ -254,7 +262,7 @@ def test_a_setting_of_what_is_no_table_is_refused(folder: Path) -> None:
 
 
 def test_a_misspelt_path_is_told_before_anything_is_trained(folder: Path) -> None:
-    for key in ("data.train", "task.eval"):
+    for key in ("data.train", "task.eval", "wire.public"):
         with pytest.raises(DataError, match=r"no such data: got none\.jsonl"):
             compare.compare(folder / "small.toml", [f"{key}=none.jsonl"], 1, None)
     assert not (folder / "cells").exists()
@@ -277,6 +285,21 @@ def test_centralised_training_does_not_depend_on_the_partition(folder: Path) -> 
     other = keys(experiment, "splitfrozen")
     assert len(set(other.values())) == 8
     assert not set(other.values()) & set(found.values())
+
+
+def test_public_rows_count_for_the_codecs_that_are_fitted_to_them(folder: Path) -> None:
+    def key(codec: str) -> str:
+        settings = [f"wire.codec={codec}", f"wire.public={folder / 'public.jsonl'}"]
+        grid.fingerprint.cache_clear()
+        return keys(grid.load(folder / "small.toml", settings), "splitfrozen")["iid", 8, 0]
+
+    plain = keys(grid.load(folder / "small.toml", ["wire.codec=int8"]), "splitfrozen")
+    (folder / "public.jsonl").write_text('{"text": "one"}\n')
+    assert key("int8") == plain["iid", 8, 0]
+    before = key("ecsq:1")
+    (folder / "public.jsonl").write_text('{"text": "other"}\n')
+    assert key("ecsq:1") != before
+    assert key("int8") == plain["iid", 8, 0]
 
 
 def test_a_key_follows_content_and_not_places(folder: Path, tmp_path: Path) -> None:
@@ -485,7 +508,8 @@ def test_the_last_epoch_counts_and_not_the_best(folder: Path) -> None:
         run.report(
             {"event": "evaluation", "epoch": epoch, "step": 60 * epoch + 60, "accuracy": accuracy}
         )
-    found = outcome(run, {"seconds": 3.0}, [])
+    found = outcome(run, {"seconds": 3.0, "bytes": {"activations": 5, "gradients": 2}}, [])
+    assert (found.seconds, found.bytes) == (3.0, 7)
     assert (found.before["accuracy"], found.after["accuracy"]) == (0.25, 0.8)
     assert [one["accuracy"] for one in found.evaluations] == [0.9, 0.8]
     assert len(found.losses) == 60
@@ -537,6 +561,12 @@ def test_the_text_has_means_spreads_and_the_paper_beside(folder: Path) -> None:
     assert ["unshuffled", "-", "79.5 ±0.5", "-", "78.5 ±0.5"] in lines
     assert "majority class 75.0" in text
     assert "(the paper, GPT-2 on its data: +69.4 %)" in text
+    sent = text.partition("MB sent")[2].partition("\n\n")[0]
+    [fed] = [line.split() for line in sent.splitlines() if line.startswith("FedLoRA")]
+    assert fed == ["FedLoRA", *["3.00", "(0.00333x)"] * 4]
+    [own] = [line.split() for line in sent.splitlines() if line.startswith("centralized")]
+    assert own[1:4] == ["0.01", "(1x)", "*"]
+    assert "unshuffled" not in sent
 
 
 def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
@@ -544,7 +574,8 @@ def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
     found = ran(experiment, Fake())
     data = findings.report(found)
     paths = compare.write(found, data, folder / "out")
-    assert [path.name for path in paths] == ["small.json", "small.csv", "small.png"]
+    names = ["small.json", "small.csv", "small.png", "small-bytes.png"]
+    assert [path.name for path in paths] == names
     kept = json.loads(paths[0].read_text())
     assert kept["rows"] == data["rows"]
     assert kept["seeds"] == [0, 1]
@@ -557,7 +588,9 @@ def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
     read = list(csv.DictReader(StringIO(paths[1].read_text())))
     assert len(read) == len(kept["rows"])
     assert float(read[0]["accuracy"]) == kept["rows"][0]["accuracy"]
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert {row["bytes"] for row in read} == {"", *map(str, SENT.values())}
+    for path in paths[2:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_generating_task_shows_answers_side_by_side(folder: Path) -> None:
@@ -610,6 +643,7 @@ def test_real_trainings_as_processes(folder: Path, capsys: pytest.CaptureFixture
     assert row["method"] == "splitfrozen"
     assert 0 <= row["accuracy"] <= 1
     assert row["seconds"] > 0
+    assert row["bytes"] > 1000
     [(name, why)] = told["failures"].items()
     assert "broken" in name
     assert "no_such_map" in why

@@ -67,7 +67,6 @@ def test_dump_and_undump_are_inverse(tmp_path: Path) -> None:
         ("[wire]\ncodec = 'topk:2:8'", "wire.codec.*topk:2:8.*RATE above 0"),
         ("[wire]\ncodec = 'topk:0.2:8'\ncompression = 'zstd'", "wire.codec.*no such codec|topk"),
         ("[wire]\ncodec = 'ecsq:1.5'", "wire.public.*a file of rows with ecsq:1.5"),
-        ("[wire]\npublic = 'a.csv'", "wire.public.*none with float16"),
         ("[method]\nname = 'sft'\ngradients = 'ecsq:1.5'", "method.gradients.*without side data"),
         ("depth = 'deep'", "devices.depth.*'deep'.*\"auto\", a list"),
         ("depth = [0, 1]", r"devices.depth\[0\].*got 0; .*>= 1"),

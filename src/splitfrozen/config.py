@@ -140,7 +140,7 @@ class TrainSpec(Spec, frozen=True):
 class WireSpec(Spec, frozen=True):
     """`codec` and `compression` make the codec's name, as in "float16+zstd"; "auto" compresses
     what a codec leaves to be compressed. `public`: rows that every device may know, which codecs
-    with side data are fitted to."""
+    with side data are fitted to; others do without."""
 
     codec: str = "float16"
     compression: Literal["auto", "none", "zlib", "zstd"] = "auto"
@@ -151,15 +151,13 @@ class WireSpec(Spec, frozen=True):
         needs = _needs_side("wire.codec", self.name)
         if "@" in self.codec:
             raise _bad("wire.codec", repr(self.codec), "a name without @", "leave the rest out")
-        if needs != (self.public is not None):
+        if needs and self.public is None:
             raise _bad(
                 "wire.public",
-                repr(self.public),
-                f"{'a file of rows' if needs else 'none'} with {self.codec}",
+                self.public,
+                f"a file of rows with {self.codec}",
                 "name rows like those of the task that every device may know, or take a codec "
-                "without side data"
-                if needs
-                else "leave it out",
+                "without side data",
             )
 
     @property

@@ -51,6 +51,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         after: metrics after the last epoch. Not of the best one: to choose an epoch by the rows
             that are reported would be to tune on them.
         seconds: as `train` says.
+        bytes: all that crossed the network; None in cells of an earlier version.
         evaluations: by epoch: `epoch`, `step` and metrics.
         losses: (step, mean loss of the steps up to it), LOSSES points at most.
         answers: to the experiment's prompts.
@@ -60,6 +61,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     seconds: float = 0.0
+    bytes: int | None = None
     evaluations: tuple[dict[str, float], ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
     answers: tuple[str, ...] = ()
@@ -340,6 +342,7 @@ def outcome(run: RunFolder, told: Mapping[str, Any], answers: Sequence[str]) -> 
         before=_metrics(next(iter(run.events("baseline")), {})),
         after=_metrics(evaluations[-1] if evaluations else {}),
         seconds=float(told["seconds"]),
+        bytes=sum(told["bytes"].values()),
         evaluations=tuple(
             {"epoch": e["epoch"], "step": e["step"], **_metrics(e)} for e in evaluations
         ),

@@ -46,7 +46,7 @@ def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path |
         source: the experiment's TOML file.
         settings: `table.key=value` each, in place of what the file says.
         jobs: cells at a time; all cores where it is None.
-        out: folder for NAME.json, NAME.csv and NAME.png; nothing is written where it is None.
+        out: folder for what `write` writes; nothing is written where it is None.
 
     Raises:
         ConfigError: the file, or a setting.
@@ -109,7 +109,10 @@ def run(experiment: Experiment, runner: Runner, jobs: int) -> Findings:
 
 
 def write(found: Findings, data: Mapping[str, object], out: Path) -> list[Path]:
-    """Write NAME.json, NAME.csv and NAME.png; returns their paths. Raises StoreError."""
+    """Write NAME.json, NAME.csv, NAME.png and, where bytes are known, NAME-bytes.png.
+
+    Returns their paths. Raises StoreError.
+    """
     name = found.experiment.name
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +122,10 @@ def write(found: Findings, data: Mapping[str, object], out: Path) -> list[Path]:
     write_whole(paths[1], findings.to_csv(found).encode())
     with explained(paths[2]):
         plots.draw(result, paths[2])
+    if result["tradeoff"]:
+        paths.append(out / f"{name}-bytes.png")
+        with explained(paths[3]):
+            plots.draw_tradeoff(result, paths[3])
     return paths
 
 
@@ -227,8 +234,9 @@ def _refuse_no_file(experiment: Experiment) -> None:
         made = _config(experiment, dataset)
         assert made.data is not None
         assert made.task.eval is not None
-        for source in (made.data.train, made.task.eval):
-            read_rows(source, {}, lambda _: None)
+        for source in (made.data.train, made.task.eval, made.wire.public):
+            if source is not None:
+                read_rows(source, {}, lambda _: None)
 
 
 def _config(experiment: Experiment, dataset: Choice) -> Config:

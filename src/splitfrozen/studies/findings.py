@@ -20,25 +20,27 @@ from splitfrozen.config import MethodName
 from splitfrozen.runs.summary import table
 from splitfrozen.studies.cells import Result
 from splitfrozen.studies.grid import FILES, Cell, Experiment, Group, Table
+from splitfrozen.studies.scores import PLACE, Row, by_place, means, measures, shown, tradeoff
 
 PAPER = {("iid", None): 13.6, ("dirichlet", 0.1): 69.4}
 """The paper's gains over FedLoRA and SplitLoRA in percent, by partition and alpha."""
-
-PLACE = ("dataset", "partition", "rank", "method", "seed")
-"""What tells the rows apart."""
 
 COLUMNS = (
     *PLACE,
     "accuracy",
     "lr",
     "seconds",
+    "bytes",
     "accuracy_before",
     "f1",
     "loss",
     "perplexity",
     "exact_match",
 )
-"""Of a row: what `train` measured after the last epoch; None where the task has no such measure."""
+"""Of a row: what `train` measured after the last epoch, None where the task has no such measure;
+`bytes` that crossed the network."""
+
+SENT = "MB sent (times less than the first method; * nothing sends less and scores as well)"
 
 GAINS = (
     "over_baselines_percent",
@@ -46,8 +48,6 @@ GAINS = (
     "to_centralized_points",
     "to_iid_points",
 )
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ def report(found: Findings) -> dict[str, object]:
         "experiment": found.experiment.name,
         "rows": rows,
         "gains": gains(found.experiment, rows),
+        "tradeoff": tradeoff(rows),
         "majority": found.majority,
         "tried": [
             {
@@ -122,7 +123,7 @@ def gains(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]]:
     Of several methods of one kind, as SplitLoRA with either server, the file's first one counts.
     What needs a method or partition that the experiment lacks is None.
     """
-    accuracy = means(rows)
+    accuracy = means(rows, "accuracy")
     kinds = _kinds(experiment)
     partitions = [one.name for one in experiment.partitions]
     iid = next((name for name in partitions if _paper_key(experiment, name)[0] == "iid"), None)
@@ -160,21 +161,6 @@ def gains(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]]:
         for partition in partitions
     ]
     return {"mean": mean, "each": each}
-
-
-def means(rows: Iterable[Row]) -> dict[tuple[str, str, int, str], float]:
-    """Mean accuracy over the seeds, by dataset, partition, rank and method."""
-    return {place: fmean(values) for place, values in by_place(rows, "accuracy").items()}
-
-
-def by_place(rows: Iterable[Row], measure: str) -> dict[tuple[str, str, int, str], list[float]]:
-    """What the seeds measured, by dataset, partition, rank and method."""
-    found: dict[tuple[str, str, int, str], list[float]] = {}
-    for row in rows:
-        if row[measure] is not None:
-            place = row["dataset"], row["partition"], row["rank"], row["method"]
-            found.setdefault(place, []).append(row[measure])
-    return found
 
 
 def kept(found: Findings, data: Mapping[str, object]) -> dict[str, object]:
@@ -228,6 +214,9 @@ def text(found: Findings, data: Mapping[str, Any]) -> str:
         for measure, told in measures(data["rows"]).items():
             own = scores(data["rows"], dataset, labels(found.experiment), measure)
             parts += [f"{dataset}, {told}{beside}", table(*own), ""]
+        sent = [one for one in data["tradeoff"] if one["dataset"] == dataset]
+        if sent:
+            parts += [f"{dataset}, {SENT}", table(*told_bytes(sent, labels(found.experiment))), ""]
     gained = told_gains(data["gains"])
     parts += [*gained, ""] if gained else []
     parts += [_told_rates(found), ""] if any(one.tried for one in found.tuned.values()) else []
@@ -240,17 +229,6 @@ def labels(experiment: Experiment) -> dict[str, str]:
     return {one.name: one.title for one in experiment.methods}
 
 
-def measures(rows: Sequence[Row]) -> dict[str, str]:
-    """Which columns of the rows are compared, and how they are called; the main one first."""
-    every = {
-        "accuracy": "accuracy in percent",
-        "exact_match": "exact match in percent",
-        "perplexity": "perplexity",
-    }
-    known = {key: told for key, told in every.items() if any(row[key] is not None for row in rows)}
-    return known or {"accuracy": every["accuracy"]}
-
-
 def scores(
     rows: Sequence[Row], dataset: str, titles: Mapping[str, str], measure: str
 ) -> tuple[list[str], list[list[str]]]:
@@ -261,6 +239,22 @@ def scores(
     header = ["method", *(f"{partition}, rank {rank}" for partition, rank in columns)]
     lines = [
         [title, *(_spread(values.get((dataset, *column, name)), measure) for column in columns)]
+        for name, title in titles.items()
+    ]
+    return header, [line for line in lines if any(cell != "-" for cell in line[1:])]
+
+
+def told_bytes(sent: Sequence[Row], titles: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table of a dataset's `tradeoff`: methods down, as in `scores`."""
+    columns = list(dict.fromkeys((one["partition"], one["rank"]) for one in sent))
+    cells = {
+        (one["method"], one["partition"], one["rank"]): f"{one['bytes'] / 1e6:.2f}"
+        f" ({one['times_less']:.3g}x){' *' if one['on_front'] else ''}"
+        for one in sent
+    }
+    header = ["method", *(f"{partition}, rank {rank}" for partition, rank in columns)]
+    lines = [
+        [title, *(cells.get((name, *column), "-") for column in columns)]
         for name, title in titles.items()
     ]
     return header, [line for line in lines if any(cell != "-" for cell in line[1:])]
@@ -321,9 +315,8 @@ def _rates(tried: Mapping[float, float | None]) -> str:
 def _spread(values: Sequence[float] | None, measure: str) -> str:
     if not values:
         return "-"
-    scale = 1.0 if measure == "perplexity" else 100.0
-    mean = f"{scale * fmean(values):.1f}"
-    return mean + (f" ±{scale * (max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+    spread = shown(max(values) - min(values), measure) / 2
+    return f"{shown(fmean(values), measure):.1f}" + (f" ±{spread:.1f}" if len(values) > 1 else "")
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -339,6 +332,7 @@ def _row(one: Trained) -> Row:
         | {
             "lr": cell.lr,
             "seconds": result.seconds,
+            "bytes": result.bytes,
             "accuracy_before": result.before.get("accuracy"),
         }
     )

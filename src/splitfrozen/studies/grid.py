@@ -31,11 +31,12 @@ from msgspec import Meta, field
 from splitfrozen import __version__, config
 from splitfrozen.config import Above0, Config, DataSpec, Natural, Spec, Whole
 from splitfrozen.errors import ConfigError
+from splitfrozen.wire.codec import needs_side
 
 Table = dict[str, Any]
 _SpecT = TypeVar("_SpecT", bound=Spec)
 
-FILES = ("model.name", "data.train", "task.eval")
+FILES = ("model.name", "data.train", "task.eval", "wire.public")
 """Keys that may be paths; where they are given on the command line, from the working directory."""
 
 
@@ -352,14 +353,17 @@ def _setting(text: str) -> tuple[str, str, Any]:
 
 
 def _canonical(made: Config) -> Config:
-    """The config with keys at their default that change nothing for its method and partition."""
+    """The config, with keys that change nothing for its method, partition or codec as unset."""
     assert made.data is not None
     data = made.data
     if made.method.name == "centralized":
         data = DataSpec(train=data.train, rows=data.rows)
     elif data.partition == "iid":
         data = msgspec.structs.replace(data, alpha=DataSpec(train="").alpha)
-    return msgspec.structs.replace(made, data=data)
+    wire = made.wire
+    if not needs_side(wire.name):
+        wire = msgspec.structs.replace(wire, public=None)
+    return msgspec.structs.replace(made, data=data, wire=wire)
 
 
 def _key(made: Config, prompts: Sequence[str]) -> str:
@@ -367,7 +371,8 @@ def _key(made: Config, prompts: Sequence[str]) -> str:
     del table["run"]["folder"], table["server"]
     for name in FILES:
         section, _, key = name.partition(".")
-        table[section][key] = fingerprint(table[section][key])
+        if table[section][key] is not None:
+            table[section][key] = fingerprint(table[section][key])
     told = msgspec.json.encode([__version__, table, list(prompts)], order="sorted")
     return hashlib.sha256(told).hexdigest()[:20]
 

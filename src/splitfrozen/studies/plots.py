@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from splitfrozen.studies.findings import by_place, measures
+from splitfrozen.studies.scores import MEASURES, by_place, measures, shown
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 FEW = 2
@@ -40,7 +41,6 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
     """A panel for each dataset and rank: methods down, a bar for each partition, a dot a seed."""
     rows = result["rows"]
     measure, told = next(iter(measures(rows).items()))
-    scale = 1.0 if measure == "perplexity" else 100.0
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     ranks = sorted({row["rank"] for row in rows})
     partitions = list(dict.fromkeys(row["partition"] for row in rows))
@@ -51,7 +51,7 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
     for line, dataset in zip(panels, datasets, strict=False):
         for panel, rank in zip(line, ranks, strict=False):
             own = {
-                (partition, method): [scale * value for value in found]
+                (partition, method): [shown(value, measure) for value in found]
                 for (name, partition, at, method), found in values.items()
                 if (name, at) == (dataset, rank)
             }
@@ -62,7 +62,7 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
             panel.set_title(f"{dataset}, rank {rank}", parse_math=False, fontsize=10)
             majority = (result.get("majority") or {}).get(dataset)
             if majority is not None:
-                panel.axvline(scale * majority, color="0.3", linestyle=":", label="majority class")
+                panel.axvline(100 * majority, color="0.3", linestyle=":", label="majority class")
         line[-1].set_xlabel(f"{told}; the axis is cut off on the left")
         _zoom(line)
     handles = {
@@ -75,6 +75,67 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
     for text in legend.get_texts():
         text.set_parse_math(False)
     figure.savefig(path, dpi=120)
+
+
+def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
+    """Bytes against score: a panel for each dataset and rank, with the Pareto front as a line.
+
+    Args:
+        result: as for `draw`; its `tradeoff` is not empty.
+        path: of the PNG.
+    """
+    points = result["tradeoff"]
+    measure, told = next((key, told) for key, told in MEASURES.items() if key in points[0])
+    datasets = list(dict.fromkeys(one["dataset"] for one in points))
+    ranks = sorted({one["rank"] for one in points})
+    partitions = list(dict.fromkeys(one["partition"] for one in points))
+    figure = _figure(5.2 * len(ranks) + 0.6, 3.9 * len(datasets) + 0.3)
+    panels = figure.subplots(len(datasets), len(ranks), squeeze=False)
+    for line, dataset in zip(panels, datasets, strict=True):
+        for panel, rank in zip(line, ranks, strict=True):
+            for colour, partition in zip(cycle(COLOURS), partitions):
+                place = dataset, rank, partition
+                own = [
+                    (one["bytes"] / 1e6, shown(one[measure], measure), one)
+                    for one in points
+                    if (one["dataset"], one["rank"], one["partition"]) == place
+                ]
+                _draw_front(panel, own, partition, colour, result["labels"])
+            panel.set_xscale("log")
+            panel.margins(x=0.15, y=0.1)
+            panel.set_title(f"{dataset}, rank {rank}", parse_math=False, fontsize=10)
+            panel.set_xlabel("MB sent by all devices")
+            panel.grid(alpha=0.25, which="both")
+        line[0].set_ylabel(told)
+    if len(partitions) > 1:
+        for text in panels[0][0].legend(frameon=False).get_texts():
+            text.set_parse_math(False)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_front(
+    panel: Any,
+    own: Sequence[tuple[float, float, Mapping[str, Any]]],
+    partition: str,
+    colour: str,
+    labels: Mapping[str, str],
+) -> None:
+    """Points with their methods' names, and a line through those that nothing beats."""
+    front = sorted((x, y) for x, y, one in own if one["on_front"])
+    panel.plot(*zip(*front, strict=True), color=colour, linewidth=1, label=partition)
+    for x, y, one in own:
+        filled = colour if one["on_front"] else "white"
+        panel.plot([x], [y], "o", color=colour, markerfacecolor=filled, markersize=4)
+        panel.annotate(
+            labels[one["method"]],
+            (x, y),
+            # The front runs up to the right: its names stand above it, those of the others below.
+            xytext=(-4, 4) if one["on_front"] else (4, -9),
+            horizontalalignment="right" if one["on_front"] else "left",
+            textcoords="offset points",
+            fontsize=7,
+            parse_math=False,
+        )
 
 
 def _draw_panel(
