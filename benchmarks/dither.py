@@ -88,7 +88,7 @@ def dithered(side: Side, held: Sequence[Floats]) -> list[dict[str, float]]:
 
 def main() -> None:
     arguments = _arguments()
-    result: dict[str, Any] = {"ecsq": {}, PAPER: {}}
+    result: dict[str, Any] = {"ecsq": {}, "topk": {PAPER: {}}}
     experiment = grid.load(EXPERIMENT, [f"model.name={arguments.model}"])
     for dataset in experiment.datasets:
         group = grid.Group(dataset, experiment.partitions[0], experiment.methods[0])
@@ -102,7 +102,8 @@ def main() -> None:
         result["ecsq"][dataset.name] = dithered(side, held)
         once, anew = (accuracies(wanted, anew=anew) for anew in (False, True))
         gained = fmean(anew) - fmean(once)
-        result[PAPER][dataset.name] = {"once": once, "anew": anew, "gained": round(gained, 4)}
+        told = {"once": once, "anew": anew, "gained": round(gained, 4)}
+        result["topk"][PAPER][dataset.name] = told
     write("dither", {**result, "lr": arguments.lr, "seeds": SEEDS})
     if arguments.json:
         print(json.dumps(result))

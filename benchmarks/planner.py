@@ -19,7 +19,8 @@ from environment import ROOT, write
 from splitfrozen.config import read_toml
 from splitfrozen.planning import fedsllm
 from splitfrozen.studies.plan_fedsllm import large_instance
-from splitfrozen.studies.plan_fedsllm_file import load
+from splitfrozen.studies.plan_fedsllm_file import Experiment
+from splitfrozen.studies.plan_file import load
 
 EXPERIMENT = ROOT.parent / "experiments" / "fedsllm.toml"
 TIMES = 5
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
-    problem = large_instance(load(read_toml(EXPERIMENT)), ROUNDS)
+    problem = large_instance(load(read_toml(EXPERIMENT), Experiment), ROUNDS)
     seconds, cpu = [], []
     for _ in range(TIMES):
         begin, began = time.perf_counter(), time.process_time()

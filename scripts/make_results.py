@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from splitfrozen.studies import plots
@@ -49,13 +50,30 @@ cannot be had without a hub. Both questions of the paper's table are in GSM8K's 
 what a model says to them is what it was trained on, in the paper too; exact match is on test rows.
 """
 
+COMPRESSION = """\
+What devices send against what is learnt: SplitFrozen with each codec of activations, at the
+learning rate that was chosen with float16. Frames are counted, side data not. In bold: nothing else
+sends as little and scores as well.
+"""
+
+DITHER = """\
+Is it worth drawing again what was rounded, as a frozen front makes each activation once
+(`benchmarks/dither.py`)? Accuracy with Top-K rounded at random once, and anew for every epoch; bits
+a value and relative error of `ecsq` plain and with subtractive dither.
+"""
+
+PERPLEXITY = """\
+FedsLLM beside centralised LoRA on a small causal model, with the very same batches
+(`benchmarks/perplexity.py`); the paper's Table IV has differences of at most {paper}.
+"""
+
 
 def main() -> None:
     results = read()
     DOCUMENT.write_text(document(results))
     PLOTS.mkdir(exist_ok=True)
-    for name in PLOTTED & results.keys():
-        plots.draw(results[name], PLOTS / f"{name}.png")
+    for name in PLOTTED.keys() & results.keys():
+        PLOTTED[name](results[name], PLOTS / f"{name}.png")
     print(f"wrote {DOCUMENT.relative_to(ROOT)} from {', '.join(results)}")
 
 
@@ -105,6 +123,79 @@ def table3(result: Result) -> str:
         ]
         parts += [_table(["question", _plain(prompt)], said), ""]
     return "\n".join([*parts, *_tried(result)])
+
+
+def compression(result: Result) -> str:
+    parts = ["## Compression", COMPRESSION]
+    for dataset in dict.fromkeys(one["dataset"] for one in result["tradeoff"]):
+        own = [one for one in result["tradeoff"] if one["dataset"] == dataset]
+        lines = [
+            [
+                f"**{one['method']}**" if one["on_front"] else one["method"],
+                f"{one['bytes'] / 1e6:.2f}",
+                f"{one['times_less']:.1f}",
+                f"{100 * one['accuracy']:.1f}",
+                f"{100 * (one['accuracy'] - own[0]['accuracy']):+.1f}",
+            ]
+            for one in own
+        ]
+        header = ["codec", "MB", "times less", "accuracy in percent", "points"]
+        parts += [f"### {dataset}", _table(header, lines), ""]
+    parts += ["![Bytes against accuracy, with the Pareto front](results/compression.png)", ""]
+    return "\n".join(parts)
+
+
+def codecs(result: Result) -> str:
+    names = ("ratio", "bits_per_element", "relative_error", "encode_mb_s", "decode_mb_s")
+    parts = ["## Codecs", "MB/s are of float32, on one core (`benchmarks/codec.py`).", ""]
+    for dataset, found in result["best"].items():
+        lines = [
+            [one["codec"], *(str(one[name]) for name in names)] for one in result[dataset]["codecs"]
+        ]
+        header = ["codec", "times less", "bits a value", "relative error", "encoding", "decoding"]
+        limits = result[dataset]["limits"]
+        parts += [
+            f"### Activations of {dataset}",
+            f"The smallest that loses at most 2 points: `{found['codec']}`, {found['ratio']} times "
+            f"less, {100 * found['accuracy_loss']:.1f} points. What the SFT paper's setting "
+            f"keeps has an entropy of {limits['entropy_bits_per_element']} bits a value; "
+            f"zstandard makes it {limits['zstd_ratio']} times less.",
+            "",
+            *(_table(header, lines), ""),
+        ]
+    return "\n".join(parts)
+
+
+def dither(result: Result) -> str:
+    lines = [
+        [dataset, codec, f"{100 * fmean(own['once']):.1f}", f"{100 * fmean(own['anew']):.1f}"]
+        for codec, found in result["topk"].items()
+        for dataset, own in found.items()
+    ]
+    parts = ["## Dither", DITHER, _table(["data set", "codec", "once", "anew"], lines), ""]
+    names = ("plain_bits", "plain_error", "dithered_bits", "dithered_error")
+    lines = [
+        [dataset, f"{row['step']:g}", *(f"{row[name]:.3f}" for name in names)]
+        for dataset, rows in result["ecsq"].items()
+        for row in rows
+    ]
+    header = ["data set", "step", "plain bits", "error", "dithered bits", "error"]
+    return "\n".join([*parts, _table(header, lines), ""])
+
+
+def perplexity(result: Result) -> str:
+    steps = sorted(int(key.rpartition("_")[2]) for key in result["rows"][0] if "difference" in key)
+    lines = [
+        [
+            str(row["rank"]),
+            f"{row['centralized']:.4f}",
+            *(f"{row[f'fedsllm_{n}']:.4f} ({row[f'difference_{n}']:+.4f})" for n in steps),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["rank", "centralised", *(f"FedsLLM, averaged after {n}" for n in steps)]
+    told = PERPLEXITY.format(paper=result["paper"])
+    return "\n".join(["## Perplexity of FedsLLM", told, _table(header, lines), ""])
 
 
 def network(result: Result) -> str:
@@ -259,6 +350,10 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "accuracy": accuracy,
     "figure3": figure3,
     "table3": table3,
+    "compression": compression,
+    "codec": codecs,
+    "dither": dither,
+    "perplexity": perplexity,
     "table2": table2,
     "replay": replayed,
     "simulator": simulator,
@@ -266,7 +361,11 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "front": front,
     "memory": memory,
 }
-PLOTTED = {"accuracy", "figure3"}
+PLOTTED: Mapping[str, Callable[[Result, Path], None]] = {
+    "accuracy": plots.draw,
+    "figure3": plots.draw,
+    "compression": plots.draw_tradeoff,
+}
 
 
 def _tables(result: Result) -> list[str]:

@@ -94,7 +94,7 @@ def test_the_document_is_what_the_command_makes(script: ModuleType) -> None:
     assert {"mrpc", "front"} <= results.keys()
     made = "run: python scripts/make_results.py"
     assert (ROOT / "docs" / "results.md").read_text() == script.document(results), made
-    for name in script.PLOTTED & results.keys():
+    for name in script.PLOTTED.keys() & results.keys():
         assert (ROOT / "docs" / "results" / f"{name}.png").is_file(), made
 
 
@@ -137,3 +137,57 @@ def test_a_name_is_no_formula(tmp_path: Path) -> None:
     named = {**result((odd,)), "labels": dict.fromkeys(result((odd,))["labels"], odd)}
     plots.draw(named, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_codecs_are_told_with_their_front(script: ModuleType) -> None:
+    tradeoff = [
+        {
+            "dataset": "mrpc",
+            "method": name,
+            "bytes": size,
+            "times_less": 1e8 / size,
+            "accuracy": accuracy,
+            "on_front": front,
+        }
+        for name, size, accuracy, front in (
+            ("float32", 1e8, 0.8, True),
+            ("topk", 5e6, 0.7, False),
+            ("ecsq", 4e6, 0.79, True),
+        )
+    ]
+    environment = result(("iid",))["environment"]
+    text = script.document({"compression": {"tradeoff": tradeoff, "environment": environment}})
+    assert "| **float32** | 100.00 | 1.0 | 80.0 | +0.0 |" in text
+    assert "| topk | 5.00 | 20.0 | 70.0 | -10.0 |" in text
+    assert "| **ecsq** | 4.00 | 25.0 | 79.0 | -1.0 |" in text
+
+
+def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
+    environment = result(("iid",))["environment"]
+    row = {"ratio": 27.4, "bits_per_element": 1.17, "relative_error": 0.62}
+    measured = {"codec": "topk", **row, "encode_mb_s": 130.0, "decode_mb_s": 120.0}
+    limits = {"entropy_bits_per_element": 1.14, "zstd_ratio": 16.8}
+    codec = {
+        "mrpc": {"codecs": [measured], "limits": limits},
+        "best": {"mrpc": {"codec": "ecsq:1", "ratio": 28.0, "accuracy_loss": 0.0123}},
+    }
+    step = {"plain_bits": 1.0, "plain_error": 0.3, "dithered_bits": 1.2, "dithered_error": 0.31}
+    dither = {
+        "topk": {"topk": {"mrpc": {"once": [0.7, 0.72], "anew": [0.75, 0.73]}}},
+        "ecsq": {"mrpc": [{"step": 1.0, **step}]},
+    }
+    each = {"rank": 4, "centralized": 3.5}
+    each |= {"fedsllm_1": 3.5004, "difference_1": 0.0004}
+    each |= {"fedsllm_10": 3.499, "difference_10": -0.001}
+    results = {
+        "codec": {**codec, "environment": environment},
+        "dither": {**dither, "environment": environment},
+        "perplexity": {"rows": [each], "paper": 0.001, "environment": environment},
+    }
+    text = script.document(results)
+    assert "| topk | 27.4 | 1.17 | 0.62 | 130.0 | 120.0 |" in text
+    assert "`ecsq:1`, 28.0 times less, 1.2 points" in text
+    assert "| mrpc | topk | 71.0 | 74.0 |" in text
+    assert "| mrpc | 1 | 1.000 | 0.300 | 1.200 | 0.310 |" in text
+    assert "| 4 | 3.5000 | 3.5004 (+0.0004) | 3.4990 (-0.0010) |" in text
+    assert "at most 0.001" in text
