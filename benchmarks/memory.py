@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 from splitfrozen.config import load
 from splitfrozen.data.readers import read_rows
 from splitfrozen.data.tasks import build_samples
-from splitfrozen.device.plan import plan_chunks
+from splitfrozen.device.plan import plan_chunks, planned_bytes
 from splitfrozen.model import costs
 from splitfrozen.model.costs import Tokens
 from splitfrozen.records import FrontManifest, Precision, Prepared, Sample
@@ -178,7 +178,7 @@ def predict(run_toml: Path, data: Path, measured: int) -> Measured:
     used = codec(config.wire.name)
     chunks = plan_chunks(
         samples,
-        lambda tokens: used.most_bytes(tokens, front.width),
+        planned_bytes(used, front.width),
         config.wire.chunk_bytes,
         config.run.seed,
         "device-00",

@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import msgspec
 import numpy as np
 import onnx
@@ -31,7 +32,8 @@ from cryptography.x509.oid import NameOID
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from splitfrozen.device.agent import JoinRequest, be_device, join_command
+from splitfrozen.device.agent import JoinRequest, Member, be_device, join_command
+from splitfrozen.device.patience import Patience
 from splitfrozen.device.pipeline import (
     QUEUE,
     THREADS,
@@ -44,6 +46,7 @@ from splitfrozen.device.pipeline import (
 from splitfrozen.device.plan import plan_chunks
 from splitfrozen.device.progress import Progress
 from splitfrozen.device.state import DeviceState, hold, state_folder
+from splitfrozen.device.uploader import HttpClient
 from splitfrozen.errors import (
     ConfigError,
     DataError,
@@ -502,6 +505,8 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.uploads = Memory()
         self.refuse_chunk: int | None = None
         self.waits = {"/v1/run": 503, "/v1/assignment": 202}
+        self.deeper: FrontManifest | None = None
+        """What is assigned once a chunk is there, where that is another front."""
 
     def get_request(self) -> tuple[ssl.SSLSocket, tuple[str, int]]:
         plain, address = super().get_request()
@@ -534,7 +539,9 @@ class FakeServer(http.server.ThreadingHTTPServer):
         if path == "/v1/run":
             return self.run_info()
         if path == "/v1/assignment":
-            return Assignment(depth=1, front=self.manifest, codec="float32")
+            deeper = self.deeper if self.uploads.frames else None
+            front = deeper or self.manifest
+            return Assignment(depth=front.depth, front=front, codec="float32")
         assert path == "/v1/chunks", path
         return sorted(self.uploads.stored())
 
@@ -564,7 +571,10 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             return self.answer(server.waits.pop(path), wait="0")
         if path.startswith("/v1/files/"):
             refs = (*server.manifest.files, server.tokenizer)
-            name = next(ref.name for ref in refs if ref.sha256 == path[10:])
+            name = next((ref.name for ref in refs if ref.sha256 == path[10:]), None)
+            if name is None:
+                refusal = Refusal("RefusedError", "no such file: got it; allowed: others; stop")
+                return self.answer(404, msgspec.msgpack.encode(refusal))
             return self.answer(200, (server.files / name).read_bytes())
         return self.answer(200, msgspec.msgpack.encode(server.get(path)))
 
@@ -585,7 +595,10 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             refusal = Refusal("RefusedError", "no: got it; allowed: none; stop")
             return self.answer(403, msgspec.msgpack.encode(refusal))
         chunk = Chunk(header.index, self.path.rsplit("/", 1)[1], data)
-        return self.answer(201, msgspec.msgpack.encode(server.uploads.put(chunk)))
+        receipt = server.uploads.put(chunk)
+        if server.deeper is not None:
+            receipt = msgspec.structs.replace(receipt, depth=server.deeper.depth)
+        return self.answer(201, msgspec.msgpack.encode(receipt))
 
     def log_message(self, *_: object) -> None:
         """Silent."""
@@ -680,6 +693,45 @@ def test_the_same_command_continues_without_measuring_or_computing_again(
     assert server.posted["/v1/profile"][0] == server.posted["/v1/profile"][1]
     assert server.posted["/v1/announcement"][0] == server.posted["/v1/announcement"][1]
     assert server.log.count("PUT /v1/chunks") == joined.report.chunks
+
+
+def test_a_front_that_does_not_come_ends_nothing(
+    server: FakeServer, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    missing = FileRef("block-2.bin", "2" * 64, 10)
+    server.deeper = msgspec.structs.replace(
+        server.manifest, depth=2, hash="2" * 64, files=(*server.manifest.files, missing)
+    )
+    joined = be_device(request(server, data, tmp_path))
+    assert joined.depth == 1
+    assert sorted(server.uploads.samples()) == list(range(298))
+    assert {unpack(frame)[0].depth for frame in server.uploads.frames.values()} == {1}
+    assert [m for m in caplog.messages if m.startswith("staying at depth 1, not 2: RefusedError:")]
+    assert server.log.count("GET /v1/files") == 4, "three files at first, and once the missing one"
+    assert "/v1/failure" not in server.posted
+
+
+def test_a_speed_is_told_though_it_cannot_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[bytes] = []
+
+    def handler(asked: httpx2.Request) -> httpx2.Response:
+        told.append(asked.content)
+        return httpx2.Response(204, stream=httpx2.ByteStream(b""))
+
+    client = HttpClient("https://server:1", Patience(1.0), httpx2.MockTransport(handler))
+    profile = DeviceProfile(flops=1e9, memory_bytes=1, uplink_bps=1e6, cores=1, platform="")
+    with hold(tmp_path / "state") as state, closing(client):
+        member = Member(Enrolled("run", "device-0"), state, client, 1)
+        member.tell(profile)
+        assert state.read("profile", DeviceProfile) == profile
+        (state.folder / "profile.json").unlink()
+        (state.folder / "profile.json").mkdir()
+        member.tell(profile)
+    assert told == [msgspec.msgpack.encode(profile)] * 2
+    assert len([m for m in caplog.messages if "is not kept" in m]) == 1
 
 
 def test_changed_data_is_refused_with_both_counts(

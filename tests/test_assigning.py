@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +25,7 @@ from splitfrozen.records import (
 )
 from splitfrozen.runs.assigning import Assigning
 from splitfrozen.runs.folder import RunFolder
+from splitfrozen.runs.forecast import chunks_of
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 from splitfrozen.wire.codec import codec
@@ -121,8 +123,9 @@ def test_nobody_is_placed_before_everybody_is_measured(world: World) -> None:
     world.prepare(lifts=BLOCK)
     assert world.depths() == [None] * 3, "one is missing"
     world.join(2, 1.0)
-    assert None not in world.depths()
-    assert len(world.plans()) == 1
+    placed = world.depths()
+    assert None not in placed
+    assert world.depths() == placed
     assert len(world.plans()) == 1, "once"
 
 
@@ -218,13 +221,14 @@ def test_a_list_of_depths_is_nobodys_business(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [1e-308, 1e308])
-def test_a_device_that_lies_decides_its_own_depth_alone(world: World, rate: float) -> None:
+def test_no_claim_of_a_device_ends_the_planning(world: World, rate: float) -> None:
     world.prepare(lifts=BLOCK / 2)
     for slot, block_s in enumerate((10.0, 0.1, 0.1)):
         world.join(slot, block_s)
     world.registry.profile("device-02", DeviceProfile(rate, 10_000, rate, 1, ""))
-    assert None not in world.depths()
-    assert world.depths()[1] >= 1  # type: ignore[operator]
+    assert all(depth in range(1, CUT + 1) for depth in world.depths())
+    (plan,) = world.plans()
+    assert 0 < float(str(plan["bound"])) <= float(str(plan["seconds"])) < math.inf
 
 
 def test_more_tokens_than_announced_end_nothing(world: World) -> None:
@@ -274,3 +278,11 @@ def test_who_is_late_moves_nobody_else_for_nothing(tmp_path: Path) -> None:
         after = world.depths()
         assert after[2] is not None
         assert after[0] == before[0]
+
+
+def test_a_chunk_is_forecast_to_hold_what_a_device_puts_into_it(world: World) -> None:
+    config = world.run.config
+    tokens = 10 * config.wire.chunk_bytes / (2 * SHAPE.width)
+    for bytes_per_token, chunks in ((4 * SHAPE.width, 20), (2 * SHAPE.width, 10), (40.0, 10)):
+        assert chunks_of(tokens, config, SHAPE, bytes_per_token) == chunks
+    assert chunks_of(0, config, SHAPE, 40.0) == 1

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from splitfrozen.device.pilot import WINDOW, Steered
 from splitfrozen.device.pipeline import Making, Work, upload_all
-from splitfrozen.device.plan import plan_chunks
+from splitfrozen.device.plan import plan_chunks, planned_bytes
 from splitfrozen.device.progress import Progress
+from splitfrozen.errors import ModelError, RefusedError, StoreError, UnreachableError, WireError
 from splitfrozen.records import (
     Assignment,
     Chunk,
@@ -52,6 +54,7 @@ class Server:
 
     def __init__(self, deeper_from: int) -> None:
         self.deeper_from = deeper_from
+        self.wants = 2
         self.depths: dict[int, int] = {}
         self.values: dict[int, float] = {}
         self.asked = 0
@@ -65,39 +68,100 @@ class Server:
         self.depths[chunk.index] = header.depth
         first = codec(header.codec).decode(samples[0].payload, samples[0].tokens, WIDTH)
         self.values[chunk.index] = float(first[0, 0])
-        return Receipt(chunk.index, len(samples), 2 if chunk.index >= self.deeper_from else 1)
+        wanted = self.wants if chunk.index >= self.deeper_from else 1
+        return Receipt(chunk.index, len(samples), wanted)
 
     def assigned(self) -> Assignment:
         self.asked += 1
-        return assignment(2)
+        return assignment(self.wants)
 
 
-def steered(server: Server) -> Steered:
+def steered(
+    server: Server, fails: Exception | None = None, opened: list[int] | None = None
+) -> Steered:
+    """`fails`: what opening depth 3 raises; `opened`: depths that were tried."""
+
     def open_making(given: Assignment) -> Making:
+        if opened is not None:
+            opened.append(given.depth)
+        if given.depth == 3 and fails:
+            raise fails
         origin = Origin("run", "device-00", given.front.hash, given.depth, WIDTH, "float32")
         return Making(Deep(given.depth), codec("float32"), origin)
 
     return Steered(assignment(1), open_making, server.assigned, server.told.append, PROFILE)
 
 
-def test_a_receipt_changes_the_depth_of_the_chunks_to_come() -> None:
+def work(pilot: Steered) -> Work:
     rows = [
         Sample(i, np.zeros(200, np.int32), None, None, np.zeros(1, np.int32), 200)
         for i in range(150)
     ]
-    bound = codec("float32").most_bytes
-    chunks = plan_chunks(rows, lambda t: bound(t, WIDTH), 1 << 14, 0, "device-00")
+    size = planned_bytes(codec("float32"), WIDTH)
+    chunks = plan_chunks(rows, size, 1 << 14, 0, "device-00")
     assert len(chunks) > 20
+    return Work(rows, chunks, pilot)
+
+
+def test_a_receipt_changes_the_depth_of_the_chunks_to_come() -> None:
     server = Server(deeper_from=3)
-    work = Work(rows, chunks, steered(server))
-    report = upload_all(work, server, Progress(len(rows)), threading.Event())
-    depths = [server.depths[index] for index in range(len(chunks))]
+    task = work(steered(server))
+    report = upload_all(task, server, Progress(len(task.samples)), threading.Event())
+    depths = [server.depths[index] for index in range(len(task.chunks))]
     assert depths == sorted(depths)
     assert set(depths) == {1, 2}
     assert depths[:4] == [1] * 4
     assert server.values == {index: float(depth) for index, depth in server.depths.items()}
     assert server.asked == 1
     assert [span.depth for span in report.spans] == depths
+
+
+KINDS = (StoreError, ModelError, WireError, RefusedError, UnreachableError)
+FAILURES = [
+    *(kind("it fails", got="this", allowed="that", remedy="mend") for kind in KINDS),
+    MemoryError("it fails"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_a_front_that_cannot_be_opened_changes_nothing(
+    failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(deeper_from=3)
+    server.wants = 3
+    pilot = steered(server, failure)
+    task = work(pilot)
+    report = upload_all(task, server, Progress(len(task.samples)), threading.Event())
+    assert report.chunks == len(task.chunks) == len(server.depths)
+    assert set(server.depths.values()) == {1}
+    assert (pilot.depth, server.asked) == (1, 1), "it is not tried again for each chunk"
+    (message,) = caplog.messages
+    assert message.startswith(f"staying at depth 1, not 3: {type(failure).__name__}: it fails")
+
+
+def test_another_word_is_followed_after_one_that_could_not_be() -> None:
+    server = Server(0)
+    pilot = steered(server, MemoryError())
+    for wanted, depth in ((3, 1), (2, 2), (3, 2), (1, 1)):
+        server.wants = wanted
+        pilot.sent(span(0, 1.0, 1.0), 100, Receipt(0, 1, wanted))
+        assert pilot.making().origin.depth == pilot.depth == depth
+        assert pilot.making().front.depth == depth
+    assert server.asked == 4
+
+
+def test_a_receipt_that_is_older_than_the_assignment_is_no_word() -> None:
+    server = Server(0)
+    opened: list[int] = []
+    pilot = steered(server, MemoryError(), opened)
+    server.wants = 3
+    pilot.sent(span(0, 1.0, 1.0), 100, Receipt(0, 1, 2))
+    for _ in range(3):
+        assert pilot.making().origin.depth == 1
+    assert opened == [1, 3], "asked again, but not opened again"
+    server.wants = 2
+    pilot.sent(span(1, 1.0, 1.0), 100, Receipt(1, 1, 2))
+    assert pilot.making().origin.depth == 2
 
 
 def span(index: int, compute_s: float, send_s: float) -> ChunkSpan:

@@ -11,9 +11,11 @@ from splitfrozen.device.plan import (
     BATCH_SAMPLES,
     BATCH_TOKENS,
     CHUNK_SAMPLES,
+    VALUE_BYTES,
     PlannedChunk,
     padding_share,
     plan_chunks,
+    planned_bytes,
     typical_batch,
 )
 from splitfrozen.records import EncodedSample, Sample
@@ -64,10 +66,10 @@ def test_every_sample_once_and_every_bound_kept(lengths: list[int], chunk_bytes:
 def test_a_frame_of_incompressible_values_fits_the_chunk() -> None:
     samples = [text(i, length, length) for i, length in enumerate([7] * 500 + [30] * 100)]
     noise = np.random.default_rng(0)
-    for name in ("float32+zlib", "float16+zstd", "int8"):
+    for name in ("float32+zlib", "float16+zstd", "int8", "topk:1:256"):
         one = codec(name)
         chunk_bytes = 1 << 16
-        chunks = plan_chunks(samples, lambda t, c=one: c.most_bytes(t, 16), chunk_bytes, 0, "d" * 9)
+        chunks = plan_chunks(samples, planned_bytes(one, 16), chunk_bytes, 0, "d" * 9)
         assert len(chunks) > 1
         for chunk in chunks:
             encoded = [
@@ -82,6 +84,17 @@ def test_a_frame_of_incompressible_values_fits_the_chunk() -> None:
             origin = Origin("r" * 100, "d" * 100, "0" * 64, 2, 16, name)
             frame = pack(origin, chunk.index, encoded).frame
             assert len(frame) <= chunk_bytes
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "int8", "int4:64", "topk:0.01:2"])
+def test_a_chunk_holds_no_more_activations_however_little_they_take(name: str) -> None:
+    """The memory that fronts are said to need goes by two bytes a value."""
+    samples, width, chunk_bytes = mrpc(400), 384, 1 << 20
+    chunks = plan_chunks(samples, planned_bytes(codec(name), width), chunk_bytes, 0, "d")
+    most = max(sum(samples[i].length for i in chunk.samples) for chunk in chunks)
+    room = chunk_bytes / (VALUE_BYTES * width)
+    assert most <= room
+    assert most > (0.4 if name == "float32" else 0.8) * room
 
 
 @pytest.mark.parametrize("count", [20, 300, 3668])

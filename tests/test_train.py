@@ -427,6 +427,7 @@ def test_a_failed_run_says_why_and_goes_on(write_run: Callable[..., Path]) -> No
     [
         ('"train.jsonl"', '"none.jsonl"', DataError, "no such data"),
         ('"test.jsonl"', '"none.jsonl"', DataError, "no such data"),
+        ("[wire]", '[wire]\npublic = "none.jsonl"', DataError, "no such data"),
         ('column = "who"', 'column = "whom"', ConfigError, "data.column.*'whom'.*'who'"),
         ("count = 3\ndepth = [1, 2, 1]", "count = 4", ConfigError, "devices.count.*got 4.*3, as"),
         ('column = "who"', 'column = "who"\nrows = 31', ConfigError, r"data.rows.*31.*1\.\.30"),

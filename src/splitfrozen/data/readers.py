@@ -74,6 +74,13 @@ class BadRow:
 Report = Callable[[BadRow], None]
 
 
+def refuse_missing(*sources: str | None) -> None:
+    """A misspelt path is told before any work is done. Raises DataError; None is no source."""
+    for source in sources:
+        if source is not None:
+            read_rows(source, {}, report=lambda _: None)
+
+
 def read_rows(source: str, columns: Mapping[str, str], report: Report) -> Iterator[Row]:
     """Read the rows of a file, a `datasets` folder or a dataset of the hub.
 

@@ -27,11 +27,11 @@ from splitfrozen.device.patience import Patience
 from splitfrozen.device.pilot import Steered
 from splitfrozen.device.pinning import pinned_context
 from splitfrozen.device.pipeline import Making, Work, upload_all
-from splitfrozen.device.plan import plan_chunks, typical_batch
+from splitfrozen.device.plan import plan_chunks, planned_bytes, typical_batch
 from splitfrozen.device.progress import Progress
 from splitfrozen.device.state import DeviceState, Identity, hold, state_folder
 from splitfrozen.device.uploader import HttpClient, HttpUploader, network
-from splitfrozen.errors import ConfigError, DataError, ModelError, UnreachableError
+from splitfrozen.errors import ConfigError, DataError, ModelError, StoreError, UnreachableError
 from splitfrozen.records import (
     PROTOCOL,
     Announcement,
@@ -181,37 +181,48 @@ def _attend(
     threads = request.threads or probe.cores()
     profile = _profile(run.probe, samples, state, client, threads)
     client.post("/v1/profile", profile)
-
-    def assigned() -> Assignment:
-        return client.poll("/v1/assignment", Assignment, "the other devices are measured")
-
-    def open_making(assignment: Assignment) -> Making:
-        manifest = assignment.front
-        front = _open_front(manifest, state, client, threads)
-        chosen = _open_codec(assignment, state, client)
-        depth, width = manifest.depth, manifest.width
-        origin = Origin(run.run, device.device, manifest.hash, depth, width, chosen.name)
-        return Making(front, chosen, origin, front.interrupt)
-
-    def tell(measured: DeviceProfile) -> None:
-        state.write("profile", measured)
-        client.post("/v1/profile", measured)
-
-    first = assigned()
+    member = Member(device, state, client, threads)
+    first = member.assigned()
     _log.info("computing depth %d of %s", first.depth, run.model)
-    pilot = Steered(first, open_making, assigned, tell, profile)
-    bound = pilot.making().codec.most_bytes
-    chunks = plan_chunks(
-        samples,
-        lambda tokens: bound(tokens, run.probe.width),
-        run.chunk_bytes,
-        run.seed,
-        device.device,
-    )
+    pilot = Steered(first, member.open, member.assigned, member.tell, profile)
+    size = planned_bytes(pilot.making().codec, run.probe.width)
+    chunks = plan_chunks(samples, size, run.chunk_bytes, run.seed, device.device)
     with closing(Progress(len(samples))) as progress:
         report = upload_all(Work(samples, chunks, pilot), HttpUploader(client), progress, stop)
     client.post("/v1/report", report)
     return Joined(device, pilot.depth, said, report)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A device that takes part, as its pilot uses it."""
+
+    device: Enrolled
+    state: DeviceState
+    client: HttpClient
+    threads: int
+
+    def assigned(self) -> Assignment:
+        """The assignment as it is now."""
+        return self.client.poll("/v1/assignment", Assignment, "the other devices are measured")
+
+    def open(self, assignment: Assignment) -> Making:
+        """Fetch what an assignment takes and open it. Raises what `be_device` does."""
+        manifest = assignment.front
+        front = _open_front(manifest, self.state, self.client, self.threads)
+        chosen = _open_codec(assignment, self.state, self.client)
+        run, device = self.device.run, self.device.device
+        origin = Origin(run, device, manifest.hash, manifest.depth, manifest.width, chosen.name)
+        return Making(front, chosen, origin, front.interrupt)
+
+    def tell(self, measured: DeviceProfile) -> None:
+        """Tell the server what this machine can do now, and keep it for the next start."""
+        try:
+            self.state.write("profile", measured)
+        except StoreError as error:
+            # What is kept from before will do, and a full disk is no reason to stop sending.
+            _log.warning("the new speed is not kept: %s", error)
+        self.client.post("/v1/profile", measured)
 
 
 def _enrol(request: JoinRequest, state: DeviceState, client: HttpClient) -> Enrolled:

@@ -3,7 +3,8 @@
 The server plans by what the probe measured. A device whose front or link has since become faster or
 slower by more than MOVED tells it, and the server may plan what is still to come anew; a receipt
 then names another depth, and the next chunk is computed with that. What lies between two chunks
-changes nothing for the server: a chunk carries its depth.
+changes nothing for the server: a chunk carries its depth. So a device that cannot open another
+front, for lack of space or memory or because its files do not come, goes on with the one it has.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import msgspec
 
 from splitfrozen.device.pipeline import Making
+from splitfrozen.errors import SplitFrozenError
 from splitfrozen.records import Assignment, ChunkSpan, DeviceProfile, Receipt
 
 MOVED = 0.2
@@ -52,6 +54,8 @@ class Steered:
         self._told = profile
         self._making = open_making(assignment)
         self._wanted = assignment.depth
+        self._heard = assignment.depth
+        """Of the last assignment, also where it could not be opened: that is tried once."""
         self._spans: list[tuple[ChunkSpan, int]] = []
 
     @property
@@ -60,15 +64,24 @@ class Steered:
         return self._assignment.depth
 
     def making(self) -> Making:
-        if self._wanted != self._assignment.depth:
-            found = self._assigned()
-            # A receipt may be older than the assignment that it made us ask for.
-            if found.depth != self._assignment.depth:
-                _log.info("computing depth %d from here on", found.depth)
-                self._making = self._open(found)
-                self._assignment = found
-            self._wanted = found.depth
+        if self._wanted != self._heard:
+            self._follow(self._assigned())
         return self._making
+
+    def _follow(self, found: Assignment) -> None:
+        """Compute another depth from here on; or go on as before, where that cannot be opened."""
+        # A receipt may be older than the assignment that it made us ask for.
+        news, self._heard = found.depth != self._heard, found.depth
+        if not news or found.depth == self.depth:
+            return
+        try:
+            self._making = self._open(found)
+        except (SplitFrozenError, MemoryError) as error:
+            what = f"{type(error).__name__}: {error}"
+            _log.warning("staying at depth %d, not %d: %s", self.depth, found.depth, what)
+            return
+        self._assignment = found
+        _log.info("computing depth %d from here on", found.depth)
 
     def sent(self, span: ChunkSpan, tokens: int, receipt: Receipt) -> None:
         if receipt.depth:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from splitfrozen import rng
-from splitfrozen.records import Sample
+from splitfrozen.records import Codec, Sample
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch at most (but for a longer single sample): bounds the working set."""
@@ -30,6 +30,10 @@ FRAME_BYTES = 1024
 
 SAMPLE_BYTES = 32
 """Allowance for what a frame's header holds once a sample: its id and three lengths."""
+
+VALUE_BYTES = 2
+"""Of an encoded value at least, as chunks are planned: fewer would make chunks of more activations,
+and a device holds those of several chunks while it computes (`model.costs.held_tokens`)."""
 
 CHUNK_SAMPLES = 16384
 """Samples of a chunk at most: keeps the header of a frame of very short samples small."""
@@ -51,6 +55,12 @@ class PlannedChunk:
     def samples(self) -> tuple[int, ...]:
         """Ids of all samples, in the order in which the frame holds them."""
         return tuple(sample for batch in self.batches for sample in batch)
+
+
+def planned_bytes(codec: Codec, width: int) -> Callable[[int], int]:
+    """T -> bytes that `plan_chunks` gives an encoded activation [T, width]: what it takes at most,
+    and VALUE_BYTES a value at least."""
+    return lambda tokens: max(codec.most_bytes(tokens, width), VALUE_BYTES * tokens * width)
 
 
 def plan_chunks(

@@ -23,7 +23,7 @@ from splitfrozen.planning.makespan import Knob, Plan, Problem, Server
 from splitfrozen.planning.splitfrozen import Found, moved, plan, replan
 from splitfrozen.records import SERVER
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.forecast import Expected, Part, Speeds, simulate
+from splitfrozen.runs.forecast import Expected, Part, Speeds, chunks_of, simulate
 from splitfrozen.runs.networklog import model_shape
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.registry import DeviceRow, Registry
@@ -138,8 +138,7 @@ class Assigning:
 
     def _plan(self, house: _House, problem: Problem, rows: Sequence[DeviceRow], why: str) -> None:
         names = {device.id for device in problem.devices}
-        now = {row.id: row.depth for row in rows if row.id in names}
-        known = {device: depth for device, depth in now.items() if depth is not None}
+        known = {row.id: row.depth for row in rows if row.depth is not None and row.id in names}
 
         def judge(one: Plan) -> float:
             return house.seconds(problem, one.depth)
@@ -150,10 +149,10 @@ class Assigning:
             depths, seconds = dict(found.plan.depth), found.makespan_s
         else:
             # Who has no depth yet has to start somewhere; the plan says where.
-            depths = {device: known.get(device, house.shallowest(device, rows)) for device in now}
+            depths = {d.id: known.get(d.id, house.shallowest(d)) for d in problem.devices}
             seconds = house.seconds(problem, depths)
             found = replan(problem, _followed(problem, depths), judge, looks)
-            if len(known) < len(now) or found.makespan_s < (1 - GAIN) * seconds:
+            if len(known) < len(names) or found.makespan_s < (1 - GAIN) * seconds:
                 depths, seconds = house.kept(problem, known, found)
         self._registry.assign(depths)
         log.info("%s: everything at the cut in %.1f s from now", why, seconds)
@@ -204,10 +203,10 @@ class _House:
                     bps=min(max(row.profile.uplink_bps, SLOWEST), FASTEST),
                 )
             )
-        size = max((device.tokens for device in devices), default=0.0) * self.knob.bytes_per_token
+        most = max((device.tokens for device in devices), default=0.0)
+        chunks = chunks_of(most, self.config, self.shape, self.knob.bytes_per_token)
         # No larger than the judge's pieces, or a bound would be none.
-        pieces = min(_pieces(len(devices)), math.ceil(size / self.config.wire.chunk_bytes))
-        part = 1 / max(1, pieces)
+        part = 1 / min(_pieces(len(devices)), chunks)
         server = Server(flops=self.lifts, train=0.0, after=0.0, first=part, last=part)
         return Problem(tuple(devices), self.memory_bytes, server, (self.knob,))
 
@@ -224,12 +223,10 @@ class _House:
                 depths, seconds = trial, found_s
         return depths, seconds
 
-    def shallowest(self, device: str, rows: Sequence[DeviceRow]) -> int:
+    def shallowest(self, device: makespan.Device) -> int:
         """Depth of the shallowest front that a device holds."""
-        memory = next(
-            row.profile.memory_bytes for row in rows if row.id == device and row.profile is not None
-        )
-        return next(n for n, need in enumerate(self.memory_bytes, 1) if need <= memory)
+        needs = enumerate(self.memory_bytes, 1)
+        return next(n for n, need in needs if need <= device.memory_bytes)
 
     def seconds(self, problem: Problem, depths: Mapping[str, int]) -> float:
         """Until everything is at the cut, by the simulator."""

@@ -17,7 +17,7 @@ import torch
 
 from splitfrozen.data.inputs import model_inputs
 from splitfrozen.device.pipeline import Fixed, Making, Work, upload_all
-from splitfrozen.device.plan import plan_chunks
+from splitfrozen.device.plan import plan_chunks, planned_bytes
 from splitfrozen.device.progress import Progress
 from splitfrozen.model.blocks import SlicedModel
 from splitfrozen.records import (
@@ -113,13 +113,8 @@ def send_all(
     `device.pipeline.upload_all` does, and StoreError.
     """
     origin, coded = device.origin, device.codec
-    chunks = plan_chunks(
-        device.samples,
-        lambda tokens: coded.most_bytes(tokens, origin.width),
-        chunk_bytes,
-        seed,
-        device.id,
-    )
+    size = planned_bytes(coded, origin.width)
+    chunks = plan_chunks(device.samples, size, chunk_bytes, seed, device.id)
     work = Work(device.samples, chunks, Fixed(Making(front, coded, origin)))
     with closing(Progress(len(device.samples))) as progress:
         return upload_all(work, StoreUploader(store, device.id), progress, stop)

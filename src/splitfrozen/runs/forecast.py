@@ -10,6 +10,7 @@ from dataclasses import replace as with_changes
 import msgspec
 
 from splitfrozen.config import Config
+from splitfrozen.device.plan import VALUE_BYTES
 from splitfrozen.errors import RequestError
 from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
 from splitfrozen.records import SERVER, Compute, Event
@@ -53,12 +54,15 @@ class Part:
 class Expected:
     """The events of a run in which everybody begins at once.
 
-    Devices encode in no time, chunks of a device are equal, and nothing is evaluated.
+    Devices encode in no time, chunks of a device are equal, and nothing is evaluated. Chunks and
+    steps follow from announcements, which are only numbers that devices sent: RequestError where
+    they would be more than MOST_PIECES.
     """
 
     def __init__(self, config: Config, shape: ModelShape, bytes_per_token: float) -> None:
         self.log = EventList()
         self._config, self._shape, self._cost = config, shape, bytes_per_token
+        self._pieces = 0
 
     def send(self, parts: Iterable[Part], most_chunks: int | None = None) -> tuple[int, ...]:
         """Everything is computed, sent and lifted; returns the events that end it.
@@ -67,8 +71,9 @@ class Expected:
         """
         ready: list[int] = []
         for part in parts:
-            chunks = max(1, math.ceil(part.tokens * self._cost / self._config.wire.chunk_bytes))
+            chunks = chunks_of(part.tokens, self._config, self._shape, self._cost)
             chunks = chunks if most_chunks is None else min(chunks, most_chunks)
+            self._refuse_endless(chunks)
             load = part.load(1 / chunks)
             front = forward_flops(self._shape, part.depth, load)
             piece = Piece(0, front, 0.0, load.tokens * self._cost)
@@ -86,21 +91,26 @@ class Expected:
         samples, size = sum(part.samples for part in parts), self._config.train.batch_size
         mean = sum((part.load(size / samples) for part in parts), Tokens(0, 0, 0))
         flops = step_flops(self._shape, self._config, mean, mean)
-        for step in range(math.ceil(samples / size) * self._config.train.epochs):
+        steps = math.ceil(samples / size) * self._config.train.epochs
+        self._refuse_endless(steps)
+        for step in range(steps):
             ready = (self.log.compute((SERVER, "train", step), flops, ready),)
 
+    def _refuse_endless(self, more: int) -> None:
+        self._pieces += more
+        if self._pieces > MOST_PIECES:
+            raise RequestError(
+                "devices announced too much for a forecast",
+                got=f"{self._pieces:.2g} chunks and steps",
+                allowed=f"{MOST_PIECES:,} together",
+                remedy="see `splitfrozen status` for who announced it",
+            )
 
-def refuse_endless(config: Config, parts: Sequence[Part], bytes_per_token: float) -> None:
-    """Announcements are only numbers that devices sent. Raises RequestError."""
-    chunks = sum(part.tokens for part in parts) * bytes_per_token / config.wire.chunk_bytes
-    steps = sum(part.samples for part in parts) / config.train.batch_size * config.train.epochs
-    if chunks + steps > MOST_PIECES:
-        raise RequestError(
-            "devices announced too much for a forecast",
-            got=f"{chunks:.2g} chunks and {steps:.2g} steps",
-            allowed=f"{MOST_PIECES:,} together",
-            remedy="see `splitfrozen status` for who announced it",
-        )
+
+def chunks_of(tokens: float, config: Config, shape: ModelShape, bytes_per_token: float) -> int:
+    """How many chunks a device makes of its tokens."""
+    planned = max(bytes_per_token, VALUE_BYTES * shape.width)
+    return max(1, math.ceil(tokens * planned / config.wire.chunk_bytes))
 
 
 def simulate(events: Sequence[Event], speeds: Speeds) -> Timeline:

@@ -26,7 +26,7 @@ import torch
 
 from splitfrozen import __version__, config, logs
 from splitfrozen.config import Config
-from splitfrozen.data.readers import read_rows
+from splitfrozen.data.readers import refuse_missing
 from splitfrozen.data.samples import SampleSource
 from splitfrozen.data.tasks import announce
 from splitfrozen.errors import ConfigError, DataError, SplitFrozenError
@@ -72,7 +72,7 @@ def train(source: Path) -> Outcome:
     """
     began = time.monotonic()
     wanted = RunFolder(source).config if source.is_dir() else config.load(source)
-    _refuse_no_file(wanted)
+    refuse_missing(data_of(wanted).train, wanted.task.eval, wanted.wire.public)
     run = RunFolder(source) if source.is_dir() else RunFolder.create(wanted)
     _refuse_served(run)
     logs.also_to(run.root / "run.log")
@@ -365,13 +365,6 @@ def _signals(handler: Any) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
-
-
-def _refuse_no_file(wanted: Config) -> None:
-    """A misspelt path is told before anything is made. Raises ConfigError, DataError."""
-    for source in (data_of(wanted).train, wanted.task.eval):
-        if source is not None:
-            read_rows(source, {}, report=lambda _: None)
 
 
 def _refuse_served(run: RunFolder) -> None:

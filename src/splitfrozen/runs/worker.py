@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from splitfrozen import logs, threads
-from splitfrozen.data.readers import read_rows
+from splitfrozen.data.readers import refuse_missing
 from splitfrozen.disk import write_whole
 from splitfrozen.errors import DiskFullError, SplitFrozenError
 from splitfrozen.methods.bench import Bench
@@ -98,9 +98,7 @@ def work(run: RunFolder, stop: threading.Event) -> None:
     """Do everything that is left to do. Raises SplitFrozenError, Stopped."""
     registry, store = Registry(run.root), Store(run.store, codecs=run.codecs)
     store.recover()
-    if run.config.task.eval is not None:
-        # A misspelt path is told now, not after the fronts are made.
-        read_rows(run.config.task.eval, {}, report=lambda _: None)
+    refuse_missing(run.config.task.eval, run.config.wire.public)
     sliced = load_sliced(run.config)
     prepared = prepare(run, sliced)
     for depth in prepared.sides:

@@ -23,7 +23,7 @@ import msgspec
 
 from splitfrozen import rng
 from splitfrozen.config import Config
-from splitfrozen.data.readers import read_rows
+from splitfrozen.data.readers import read_rows, refuse_missing
 from splitfrozen.data.tasks import COLUMNS
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import ConfigError
@@ -233,10 +233,7 @@ def _refuse_no_file(experiment: Experiment) -> None:
     for dataset in experiment.datasets:
         made = _config(experiment, dataset)
         assert made.data is not None
-        assert made.task.eval is not None
-        for source in (made.data.train, made.task.eval, made.wire.public):
-            if source is not None:
-                read_rows(source, {}, lambda _: None)
+        refuse_missing(made.data.train, made.task.eval, made.wire.public)
 
 
 def _config(experiment: Experiment, dataset: Choice) -> Config:

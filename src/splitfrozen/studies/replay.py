@@ -26,7 +26,7 @@ from splitfrozen.errors import RequestError
 from splitfrozen.records import SERVER, Compute, Event, Outcome
 from splitfrozen.runs import networklog
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.forecast import Expected, Part, Speeds, refuse_endless, simulate
+from splitfrozen.runs.forecast import Expected, Part, Speeds, simulate
 from splitfrozen.runs.networklog import SETUP
 from splitfrozen.runs.summary import table
 from splitfrozen.server.assignment import bytes_per_token
@@ -150,7 +150,6 @@ def _foretold(folder: Path, speeds: Speeds) -> Timeline | None:
         if row.announcement is not None and row.depth is not None
     ]
     cost = bytes_per_token(prepared)
-    refuse_endless(run.config, parts, cost)
     expected = Expected(run.config, shape, cost)
     expected.train(parts, expected.send(parts))
     probed = {row.id: row.profile for row in rows if row.profile is not None}

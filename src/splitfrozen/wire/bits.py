@@ -18,8 +18,6 @@ ones in 38 of 100, and 1 to 3 % elsewhere. k = 0 writes the booleans as they are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -88,21 +86,21 @@ class BitReader:
     """Reads what a `BitWriter` wrote, in the same order.
 
     Every method raises WireError where the bits end before what they should hold, and takes no
-    memory for more than what they can hold.
+    memory for more than what they can hold. The reader itself takes nine times the payload.
     """
 
     def __init__(self, payload: bytes | memoryview) -> None:
         data = np.frombuffer(payload, np.uint8)
-        self._bits: Bits = np.unpackbits(data)
-        self._ones = np.flatnonzero(self._bits)
+        self._bits: Bools = np.unpackbits(data).view(np.bool_)
         self._at = 0
         # The 32 bits that begin at each byte: a field of up to WIDEST bits is within one of them.
-        padded = np.concatenate([data, np.zeros(4, np.uint8)]).astype(np.int64)
-        self._words: Numbers = padded[:-3] << 24
-        self._words |= (padded[1:-2] << 16) | (padded[2:-1] << 8) | padded[3:]
+        padded = np.concatenate([data, np.zeros(4, np.uint8)])
+        self._words: npt.NDArray[np.uint32] = np.ndarray(
+            (len(data) + 1,), ">u4", padded, strides=(1,)
+        )
 
     def bits(self, count: int) -> Bools:
-        return self._take(count).astype(np.bool_)
+        return self._take(count)
 
     def fields(self, widths: Numbers) -> Numbers:
         assert widths.max(initial=0) <= WIDEST
@@ -110,17 +108,17 @@ class BitReader:
         ends = begin + np.cumsum(widths)
         self._take(int(ends[-1]) - begin if len(ends) else 0)
         starts = ends - widths
-        words = self._words[starts >> 3]
+        words = self._words[starts >> 3].astype(np.int64)
         values: Numbers = (words >> (32 - (starts & 7) - widths)) & ((1 << widths) - 1)
         return values
 
-    def runs(self, count: int) -> Numbers:
-        first = int(np.searchsorted(self._ones, self._at))
-        ends = self._ones[first : first + count]
+    def runs(self, count: int, most: int) -> Numbers:
+        """So many, which take `most` bits at most."""
+        ends = np.flatnonzero(self._bits[self._at : self._at + most])[:count]
         if len(ends) < count:
             raise _wrong(f"no more than {len(ends)} runs", f"{count} runs")
-        values = np.diff(ends, prepend=self._at - 1) - 1
-        self._at = int(ends[-1]) + 1 if count else self._at
+        self._at += int(ends[-1]) + 1 if count else 0
+        values: Numbers = np.diff(ends, prepend=-1) - 1
         return values
 
     def masks(self, sizes: Numbers) -> Bools:
@@ -131,7 +129,8 @@ class BitReader:
         self._expect(int((rarer * (divisors + 1)).sum()))
         widths = np.repeat(divisors, rarer)
         runs = self.fields(widths)
-        runs |= self.runs(len(widths)) << widths
+        most = ((sizes - rarer) >> divisors) + rarer
+        runs |= self.runs(len(widths), int(most.sum())) << widths
         ends = np.cumsum(sizes)
         # Positions in all groups: the sum of runs and ones before, less those of other groups.
         positions = np.cumsum(runs + 1) - 1
@@ -154,17 +153,18 @@ class BitReader:
         if count > left:
             raise _wrong(f"{left} bits", f"{count} or more at this place")
 
-    def _take(self, count: int) -> Bits:
+    def _take(self, count: int) -> Bools:
         self._expect(count)
         self._at += count
         return self._bits[self._at - count : self._at]
 
 
-def most_bits(sizes: Sequence[int]) -> int:
-    """Upper bound of what `masks` writes for groups of these sizes."""
+def most_bits(total: int, groups: int) -> int:
+    """Upper bound of what `masks` writes for `total` booleans in that many groups or fewer."""
     # k = 0 writes n bits at most. Others write 1 + k for a one and at most 2^-k for a zero, which
-    # is most for k = 1, where 0.382 n are ones: 2 x 0.382 n + 0.5 x 0.618 n = 1.073 n.
-    return sum(size + size * 3 // 40 + 1 + size.bit_length() for size in sizes)
+    # is most for k = 1, where 0.382 n are ones: 2 x 0.382 n + 0.5 x 0.618 n = 1.073 n. A count
+    # takes 1 + log2 n bits at most: together most where groups are equal.
+    return total + total * 3 // 40 + 1 + groups * (1 + (-(-total // groups)).bit_length())
 
 
 def _widths(sizes: Numbers) -> Numbers:

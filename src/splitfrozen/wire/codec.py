@@ -70,20 +70,26 @@ class TensorCodec:
         """Upper bound of `len(encode(hidden))` for float32 [tokens, width]."""
         return self.format.most_bytes(tokens, width)
 
-    def encode(self, hidden: Floats, draw: int = 0) -> bytes:
-        """float32 [T, D] -> bytes. Raises WireError on values that it cannot carry.
-
-        A codec that rounds at random rounds the same activation the same way for the same `draw`.
-        """
+    def encode(self, hidden: Floats) -> bytes:
+        """float32 [T, D] -> bytes, always the same. Raises WireError on values it cannot carry."""
         assert hidden.dtype == np.float32
         assert hidden.ndim == 2
         _check_shape(*hidden.shape)
         _check_finite(hidden, "an activation", "look at the model's weights and the input")
-        return self.format.encode(hidden, draw)
+        return self.format.encode(hidden)
 
     def decode(self, payload: bytes | memoryview, tokens: int, width: int) -> Floats:
         """bytes -> float32 [tokens, width], writable and its own memory. Raises WireError."""
         _check_shape(tokens, width)
+        most = self.format.most_bytes(tokens, width)
+        if len(payload) > most:
+            # Before it is unpacked: bits of a long payload would take a multiple of its memory.
+            raise WireError(
+                "a payload has the wrong length",
+                got=f"{len(payload)} bytes",
+                allowed=f"{most} bytes at most for {tokens} tokens of width {width}",
+                remedy="send the chunk again",
+            )
         with np.errstate(all="ignore"):
             hidden = self.format.decode(payload, tokens, width)
         _check_finite(hidden, "a decoded activation", "leave that device out")
@@ -112,7 +118,6 @@ def compressible(name: str) -> bool:
     return _sized(name) is not None
 
 
-@lru_cache(maxsize=256)
 def codec(name: str, side: Side | None = None) -> TensorCodec:
     """Return the codec of that name. Raises WireError.
 
@@ -131,6 +136,7 @@ def codec(name: str, side: Side | None = None) -> TensorCodec:
     return TensorCodec(name, Ecsq(found.step, side))
 
 
+@lru_cache(maxsize=256)
 def _spelt(name: str) -> Format | _Unfitted:
     """What a name spells. Raises WireError."""
     base, plus, method = name.partition("+")

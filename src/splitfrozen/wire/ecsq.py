@@ -34,7 +34,7 @@ import numpy.typing as npt
 from splitfrozen.errors import WireError
 from splitfrozen.records import Floats
 from splitfrozen.wire.bits import BitReader, BitWriter, Numbers
-from splitfrozen.wire.side import Side, nearest
+from splitfrozen.wire.side import MAX_CENTRES, Side, nearest
 
 Sizes = npt.NDArray[np.int32]
 """int32 [coefficients]: whole numbers of steps, with a sign."""
@@ -81,15 +81,16 @@ class Ecsq:
         return "float16"
 
     def most_bytes(self, tokens: int, width: int) -> int:
-        """Upper bound of `len(encode(hidden))` for float32 [tokens, width].
+        """Upper bound of `len(encode(hidden))` for float32 [tokens, width], whatever the side data.
 
         What is usual is a fiftieth of it.
         """
         # A layer takes 1.08 bits of a coefficient, a sign 1, a number 24; counts 25 a group.
-        bits = tokens * (self._centre_bits + _GAIN_BITS + _LOUD_BITS) + tokens * width * 40
+        centre_bits = (MAX_CENTRES - 1).bit_length()
+        bits = tokens * (centre_bits + _GAIN_BITS + _LOUD_BITS) + tokens * width * 40
         return (bits + (2 * _CLASSES + LAYERS) * 27) // 8 + 1
 
-    def encode(self, hidden: Floats, draw: int) -> bytes:  # noqa: ARG002 -- nothing is drawn
+    def encode(self, hidden: Floats) -> bytes:
         """Finite float32 [T, D] -> bytes. Raises WireError: another width, too large a value."""
         self._check_width(hidden.shape[1])
         chosen, scaled = self._scaled(hidden)
@@ -138,8 +139,8 @@ class Ecsq:
         coefficients = scaled * np.float32(self.step) + self.side.centres[chosen]
         # The basis has been rounded to 16 bits.
         inexact = np.abs(hidden - self.side.backward(coefficients))
-        sizes = missing + np.abs(coefficients) * np.float32(2**-18)  # What sums round off.
-        bound: Floats = sizes @ np.abs(self.side.basis.T) * self.side.unit + inexact
+        off = missing + np.abs(coefficients) * np.float32(2**-18)  # What sums round off.
+        bound: Floats = off @ np.abs(self.side.basis.T) * self.side.unit + inexact
         bound *= np.float32(1 + 2**-18)  # The bound's own sums round off, too.
         return bound
 

@@ -37,15 +37,12 @@ class Format(Protocol):
         """Upper bound of `len(encode(hidden))` for float32 [tokens, width]."""
         ...
 
-    def encode(self, hidden: Floats, draw: int) -> bytes:
-        """Finite float32 [T, D] -> bytes; `draw` numbers what is drawn at random, if anything is.
-
-        Raises WireError on values that it cannot carry.
-        """
+    def encode(self, hidden: Floats) -> bytes:
+        """Finite float32 [T, D] -> bytes. Raises WireError on values that it cannot carry."""
         ...
 
     def decode(self, payload: bytes | memoryview, tokens: int, width: int) -> Floats:
-        """bytes -> float32 [tokens, width], its own memory, perhaps not finite.
+        """At most `most_bytes` -> float32 [tokens, width], its own memory, perhaps not finite.
 
         Raises WireError on other bytes, before it takes memory for what they claim.
         """
@@ -97,7 +94,7 @@ class Fixed:
     def most_bytes(self, tokens: int, width: int) -> int:
         return self.form.size(tokens, width)
 
-    def encode(self, hidden: Floats, draw: int) -> bytes:  # noqa: ARG002 -- nothing is drawn
+    def encode(self, hidden: Floats) -> bytes:
         return self.form.pack(hidden)
 
     def decode(self, payload: bytes | memoryview, tokens: int, width: int) -> Floats:
@@ -129,7 +126,7 @@ class Compressed:
     def most_bytes(self, tokens: int, width: int) -> int:
         return entropy.most_bytes(self.form.size(tokens, width))
 
-    def encode(self, hidden: Floats, draw: int) -> bytes:  # noqa: ARG002 -- nothing is drawn
+    def encode(self, hidden: Floats) -> bytes:
         return entropy.compress(self.form.pack(hidden), self.form.itemsize, self.method)
 
     def decode(self, payload: bytes | memoryview, tokens: int, width: int) -> Floats:

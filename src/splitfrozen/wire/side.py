@@ -67,10 +67,19 @@ class Side:
         """Fit on activations, float32 [T, D] each, of text that is nobody's secret.
 
         Args:
-            activations: the first 512 MiB are used.
+            activations: one or more; the first 512 MiB are used.
             centres: K at most; fewer where there are fewer than 16 tokens for each.
+
+        Raises WireError where they are not finite.
         """
         hidden = _first(activations)
+        if not np.isfinite(hidden).all():
+            raise WireError(
+                "side data cannot be fitted to activations that are not finite",
+                got="NaN or infinity",
+                allowed="finite numbers",
+                remedy="look at the model's weights and the public rows",
+            )
         mean = hidden.mean(axis=0, dtype=np.float64)
         centred = hidden - mean.astype(np.float32)
         found = _cluster(centred, max(1, min(centres, len(centred) // _TOKENS_PER_CENTRE)))

@@ -10,8 +10,8 @@ paper's levels lack the least size, below whose first level nothing could be rou
     level         bit by bit from the highest, as masks in groups of equal higher bits
     bits          signs of what is kept, in order: 1 for below 0
 
-What is rounded how follows from the values themselves and `draw`: the same activation gives the
-same bytes, another `draw` an independent rounding.
+What is rounded how follows from the values themselves: the same activation gives the same bytes,
+any other an independent rounding.
 """
 
 from __future__ import annotations
@@ -59,19 +59,16 @@ class TopK:
     def most_bytes(self, tokens: int, width: int) -> int:
         """Upper bound of `len(encode(hidden))` for float32 [tokens, width]."""
         kept = self._kept(tokens, width)
-        bits = most_bits([tokens * width]) + kept
-        for place in range(self._level_bits):
-            # The bound is concave in how the kept divide, but for the width of the counts.
-            groups = min(2**place, kept)
-            bits += most_bits([-(-kept // groups)] * groups)
+        bits = most_bits(tokens * width, 1) + kept
+        bits += sum(most_bits(kept, min(2**place, kept)) for place in range(self._level_bits))
         return 2 * _ENDS.itemsize + bits // 8 + 1
 
-    def encode(self, hidden: Floats, draw: int) -> bytes:
+    def encode(self, hidden: Floats) -> bytes:
         """Finite float32 [T, D] -> bytes."""
         flat = np.ascontiguousarray(hidden).ravel()
         mask = self._largest(hidden).ravel()
         kept = flat[mask]
-        levels, least, greatest = self._round(np.abs(kept), _chance(flat, draw, len(kept)))
+        levels, least, greatest = self._round(np.abs(kept), _chance(flat, len(kept)))
         bits = BitWriter()
         bits.masks(mask, np.array([len(flat)]))
         for place in reversed(range(self._level_bits)):
@@ -154,10 +151,10 @@ class TopK:
         return least, greatest
 
 
-def _chance(flat: Floats, draw: int, count: int) -> Floats:
-    """float32 [count] in [0, 1), the same for the same values and draw."""
+def _chance(flat: Floats, count: int) -> Floats:
+    """float32 [count] in [0, 1), the same for the same values."""
     content = zlib.crc32(flat.astype("<f4", copy=False).data)
-    return rng.stream(draw, "topk", content).random(count, np.float32)
+    return rng.stream(0, "topk", content).random(count, np.float32)
 
 
 def _by_prefix(prefix: Numbers) -> tuple[npt.NDArray[np.intp], Numbers]:
