@@ -23,6 +23,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -96,35 +97,24 @@ def train(options: argparse.Namespace, rank: int, seed: int, rows: torch.Tensor)
     return losses
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--text", required=True, help='of a line, by its keys, as in "{text}"')
-    parser.add_argument(
-        "--model", type=Path, default=ROOT / "runs/gsm8k-llama", help="folder of a causal LM"
-    )
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--local-steps", type=int, default=12, help="as in experiments/fedsllm.toml"
-    )
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/rounds.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(options: argparse.Namespace) -> dict[int, list[list[float]]]:
+    """Losses of every rank, a list for each seed."""
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     rows = rows_of(options.data, options.text, tokenizer, HELD_OUT + options.rows)
     losses: dict[int, list[list[float]]] = {rank: [] for rank in RANKS}
-    for seed in range(options.seeds):
-        for rank in RANKS:
-            begin = time.monotonic()
-            losses[rank].append(train(options, rank, seed, rows))
-            seconds = time.monotonic() - begin
-            ends = f"{losses[rank][-1][0]:.4f} -> {losses[rank][-1][-1]:.4f}"
-            print(f"seed {seed}  rank {rank}  loss {ends}  {seconds:.0f} s", flush=True)
+    for seed, rank in product(range(options.seeds), RANKS):
+        begin = time.monotonic()
+        losses[rank].append(train(options, rank, seed, rows))
+        seconds = time.monotonic() - begin
+        ends = f"{losses[rank][-1][0]:.4f} -> {losses[rank][-1][-1]:.4f}"
+        print(f"seed {seed}  rank {rank}  loss {ends}  {seconds:.0f} s", flush=True)
+    return losses
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    losses = measure(options)
     target = max(min(run) for runs in losses.values() for run in runs)
     each = {rank: [rounds_to(target, run) for run in runs] for rank, runs in losses.items()}
     fitted = fit({rank: float(np.mean(found)) for rank, found in each.items()})
@@ -147,6 +137,27 @@ def main() -> None:
     for rank, found in each.items():
         print(f"rank {rank}: {np.mean(found):.2f} rounds measured, {fitted(rank):.2f} fitted")
     print(f"{fitted}\nwrote {options.out}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="JSON lines")
+    add("--text", required=True, help='of a line, by its keys, as in "{text}"')
+    add("--model", type=Path, default=ROOT / "runs/gsm8k-llama", help="folder of a causal LM")
+    add("--rounds", type=int, default=30)
+    add("--local-steps", type=int, default=12, help="as in experiments/fedsllm.toml")
+    add("--rate", type=float, default=1e-3)
+    add("--seeds", type=int, default=3)
+    add("--rows", type=int, default=4000)
+    add("--out", type=Path, default=ROOT / "benchmarks/results/rounds.json")
+    options = parser.parse_args()
+    for path in (options.data, options.model / "tokenizer.json"):
+        if not path.is_file():
+            parser.error(f"{path} is missing; see the head of this file for what is needed")
+    return options
 
 
 if __name__ == "__main__":

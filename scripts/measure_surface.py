@@ -7,9 +7,9 @@ Needs the MRPC folder (train.jsonl with text, text_pair, label) and a MiniLM fol
 
 The first form trains SplitFrozen once on four fifths of the rows and measures on the rest. The
 second measures a finished run, on its `task.eval`. Activations at the cut are computed once; for
-each keep rate and number of levels they go through Top-K over the whole activation and stochastic
-quantisation (section IV-B), and then through the trained blocks. Points and fit go to
-benchmarks/results/surface.json, which experiments/sft.toml reads.
+each keep rate and number of levels they go through the codec `topk` (section IV-B), and then
+through the trained blocks. Points and fit go to benchmarks/results/surface.json, which
+experiments/sft.toml reads.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from splitfrozen import rng
 from splitfrozen.methods.parts import Adapted, Upper
 from splitfrozen.model import adapters
 from splitfrozen.planning import surface
 from splitfrozen.planning.surface import Point, Surface
-from splitfrozen.records import Activation, Floats, SampleKey, SampleTable
+from splitfrozen.records import Activation, SampleKey, SampleTable
 from splitfrozen.runs.devices import TorchFront
 from splitfrozen.runs.evaluation import open_samples
 from splitfrozen.runs.folder import RunFolder
@@ -40,6 +38,7 @@ from splitfrozen.studies.environment import environment
 from splitfrozen.training.batching import split
 from splitfrozen.training.evaluate import Evaluator
 from splitfrozen.training.precision import resolve
+from splitfrozen.wire.codec import codec
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "surface.json"
@@ -134,47 +133,26 @@ class Bench:
         return measure().metrics["accuracy"]
 
 
-def coarse(hidden: Floats, rho: float, levels: int, draw: np.random.Generator) -> Floats:
-    """An activation [T, D] after Top-K and stochastic quantisation (section IV-B).
-
-    E levels in equal steps from the least to the greatest kept magnitude, both among them; the
-    expectation of what comes out is what went in.
-    """
-    flat = hidden.ravel()
-    kept = np.argpartition(np.abs(flat), -_count(flat, rho))[-_count(flat, rho) :]
-    sizes = np.abs(flat[kept]).astype(np.float64)
-    least, step = sizes.min(), (sizes.max() - sizes.min()) / (levels - 1)
-    if step > 0:
-        sizes = least + step * np.floor((sizes - least) / step + draw.random(len(sizes)))
-    result = np.zeros_like(flat)
-    result[kept] = np.sign(flat[kept]) * sizes
-    return result.reshape(hidden.shape)
-
-
-def _count(flat: Floats, rho: float) -> int:
-    return max(1, round(rho * flat.size))
-
-
 def points(
     items: Sequence[Activation],
     accuracy: Callable[[Sequence[Activation]], float],
     settings: Iterable[tuple[float, int]],
-    seed: int,
 ) -> Iterator[Point]:
     """The accuracy for each keep rate and number of levels in `settings`."""
     for rho, levels in settings:
-        draw = rng.stream(seed, "surface", repr(rho), levels)
-        made = [replace(item, hidden=coarse(item.hidden, rho, levels, draw)) for item in items]
+        one = codec(f"topk:{rho:g}:{levels}")
+        decoded = (one.decode(one.encode(item.hidden), *item.hidden.shape) for item in items)
+        made = [replace(item, hidden=hidden) for item, hidden in zip(items, decoded, strict=True)]
         yield rho, levels, accuracy(made)
 
 
-def measure(folder: Path, settings: Iterable[tuple[float, int]], seed: int, data: str) -> Surface:
+def measure(folder: Path, settings: Iterable[tuple[float, int]], data: str) -> Surface:
     """The surface of a finished run; `data` is what it is called after. Raises DataError too."""
     bench = Bench(folder)
     reference = bench.accuracy(bench.items)
     print(f"{len(bench.items)} rows, accuracy {reference:.4f}", flush=True)
     found: list[Point] = []
-    for point in points(bench.items, bench.accuracy, settings, seed):
+    for point in points(bench.items, bench.accuracy, settings):
         print("keep rate {:g}, {} levels: {:.4f}".format(*point), flush=True)
         found.append(point)
     about: dict[str, Any] = {
@@ -182,7 +160,7 @@ def measure(folder: Path, settings: Iterable[tuple[float, int]], seed: int, data
         "cut": bench.config.model.cut,
         "lora_rank": bench.config.lora.rank,
         "epochs": bench.config.train.epochs,
-        "seed": seed,
+        "seed": bench.config.run.seed,
         "environment": environment(),
     }
     # Of a folder its parent too: many are called "model".
@@ -212,7 +190,7 @@ def main() -> None:
         data = (
             arguments.data.name if arguments.run is None else str(RunFolder(run).config.task.eval)
         )
-        found = measure(run, product(RATES, LEVELS), arguments.seed, Path(data).name)
+        found = measure(run, product(RATES, LEVELS), Path(data).name)
     arguments.out.write_bytes(found.to_json())
     print(f"mean squared error of the fit {found.mse:.3g}; written to {arguments.out}")
 

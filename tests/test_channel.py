@@ -12,8 +12,15 @@ from splitfrozen import rng
 from splitfrozen.errors import PlanError
 from splitfrozen.planning import channel
 from splitfrozen.planning.channel import Allocation, Link, Owners, rates, shared_out, uniform
-from splitfrozen.planning.power import Upload, by_bisection, by_convex, earliest_end, end_s
-from splitfrozen.planning.subchannels import best, greedy, improve
+from splitfrozen.planning.power import (
+    Upload,
+    by_bisection,
+    by_convex,
+    earliest_end,
+    end_s,
+    least_density,
+)
+from splitfrozen.planning.subchannels import VALUES, _with_one_more, best, greedy, improve
 
 NOISE = channel.watts(-174)
 
@@ -189,6 +196,43 @@ def test_greedy_by_hand() -> None:
     gain = np.array([[4.0, 9.0, 2.0], [3.0, 8.0, 1.0]])
     link = Link(gain, 1.0, 1e9, 3e3)
     assert greedy(Upload(link, np.array([0.0, 9.0]), 10.0)).tolist() == [0, 1, 1]
+
+
+def test_greedy_counts_on_no_more_power_than_clients_have() -> None:
+    """C4 binds: what all may have together (C5) says nothing of who is late."""
+    differs = 0
+    for number in range(8):
+        task, _ = upload(number, 4, 12)
+        weak = Link(task.link.gain, task.link.subchannel_hz, 1e-9, 4e-9)
+        loose = Link(task.link.gain, task.link.subchannel_hz, 1e-9, 1e3)
+        owner = greedy(Upload(weak, task.start_s, task.bits))
+        assert owner.tolist() == greedy(Upload(loose, task.start_s, task.bits)).tolist()
+        strong = Link(task.link.gain, task.link.subchannel_hz, 1e3, 1e3)
+        differs += owner.tolist() != greedy(Upload(strong, task.start_s, task.bits)).tolist()
+    assert differs
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_local_search_ends_where_uploads_are_lost_in_rounding(number: int) -> None:
+    """They take 1e-16 to 1e-11 of the time: what looks better need not be."""
+    task, owner = upload(number, 4, 12)
+    late = Upload(task.link, task.start_s * 10 ** (10.0 + number), task.bits)
+    found = improve(late, owner)
+    assert earliest_end(late, found) <= earliest_end(late, owner)
+    watts = spent(task.link, by_bisection(late, found))
+    assert watts.max() <= task.link.client_w * (1 + 1e-9)
+    assert watts.sum() <= task.link.total_w * (1 + 1e-9)
+
+
+def test_many_subchannels_are_looked_at_in_parts() -> None:
+    random = rng.stream(0, "floors")
+    floors = np.sort(random.exponential(size=(3, 400)))
+    more, need = random.exponential(size=(3, 6000)), np.array([1.0, 20.0, 300.0])
+    assert more.size * 401 > VALUES
+    found = _with_one_more(floors, more, need)
+    for row, column in ((0, 0), (1, 17), (2, 5999)):
+        both = np.sort(np.append(floors[row], more[row, column]))
+        assert found[row, column] == pytest.approx(float(least_density(both, need[row])))
 
 
 @pytest.mark.parametrize("number", range(12))

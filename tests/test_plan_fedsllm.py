@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,10 @@ from splitfrozen.planning.fedsllm import Plan, Problem, Workload, time_s, violat
 from splitfrozen.planning.power import by_bisection
 from splitfrozen.planning.rounds import FORMS, Fit, Form, fit, rounds_to
 from splitfrozen.records import Outcome
-from splitfrozen.studies import plan_fedsllm
+from splitfrozen.studies import plan_fedsllm, plan_file
 from splitfrozen.studies.plan_fedsllm_file import (
     Experiment,
     drawn,
-    load,
     rounds,
     small_instances,
     varied,
@@ -38,6 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "experiments" / "fedsllm.toml"
 ROUNDS = {1: 36.0, 2: 28.0, 4: 24.0, 6: 22.7, 8: 22.0}
 """No measurement: any table that falls."""
+
+
+def load(content: dict[str, Any]) -> Experiment:
+    return plan_file.load(content, Experiment)
 
 
 def table(**changes: Any) -> dict[str, Any]:
@@ -347,6 +351,7 @@ def test_rounds_are_read_from_a_file(tmp_path: Path) -> None:
         ("{", "rounds.json"),
         ('{"rounds": {"1": 0}}', "rounds.json"),
         ('{"rounds": {"1": 5, "2": 4, "4": 3, "8": 2}}', "none for rank 6"),
+        ('{"x": ' + "[" * 100_000, "rounds.json"),
     ],
 )
 def test_rounds_that_cannot_be_used(tmp_path: Path, text: str | None, said: str) -> None:
@@ -361,6 +366,21 @@ def test_a_path_that_can_be_none_is_refused(tmp_path: Path) -> None:
     for path in ("", "\0"):
         with pytest.raises(ConfigError, match="rounds"):
             rounds(load(table(rounds=path)), tmp_path)
+
+
+def test_a_client_that_nobody_hears_is_refused_with_the_power_it_takes() -> None:
+    content = table()
+    content["cell"]["main_server_m"] = 1e5
+    content["link"] |= {"client_dbm": -50, "total_dbm": -40}
+    with pytest.raises(PlanError, match=r"C4 and C5 leave client . of cell 0 lost") as caught:
+        drawn(load(content), ROUNDS, 0)
+    [more] = re.findall(r"by (\d+)", caught.value.remedy)
+    content["link"] |= {"client_dbm": -50 + int(more), "total_dbm": -40 + int(more)}
+    problem = drawn(load(content), ROUNDS, 0)
+    assert violated(problem, fedsllm.solve(problem)) is None
+    content["link"] |= {"client_dbm": -51 + int(more), "total_dbm": -41 + int(more)}
+    with pytest.raises(PlanError, match="by 1, or"):
+        drawn(load(content), ROUNDS, 0)
 
 
 @pytest.mark.parametrize("dbm", [-60.0, 100.0])
@@ -384,6 +404,9 @@ def test_plans_at_the_ends_of_power_and_noise_keep_the_limits(dbm: float) -> Non
         ("small", "splits", [1, 12], "small.splits"),
         ("small", "ranks", [1, 3], "small.ranks"),
         ("small", "subchannels", 30, "small"),
+        ("small", "draws", 2**62, "small.draws"),
+        ("compute", "server_hz", 1e-300, "compute.server_hz"),
+        ("figures", "server_hz", [1e9, 1e22], r"figures.server_hz\[1\]"),
         ("cell", "client_hz", [2e9, 1e9], "cell.client_hz"),
         ("link", "subchannels", 0, "link.subchannels"),
         ("figures", "server_hz", [2e9, 1e9], "figures.server_hz"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from splitfrozen.config import read_toml
 from splitfrozen.errors import ConfigError, DataError, PlanError
 from splitfrozen.model import costs
 from splitfrozen.planning import bandwidth, sft, sft_delay, surface
-from splitfrozen.planning.bandwidth import Band, Demand
+from splitfrozen.planning.bandwidth import Band, Demand, Reals
 from splitfrozen.planning.sft import Bounds, Grid, Problem
 from splitfrozen.planning.sft_delay import Device, System
-from splitfrozen.studies import plan_sft, plan_sft_file
+from splitfrozen.studies import plan_file, plan_sft, plan_sft_file
+from splitfrozen.studies.plan_sft_figures import LABELS
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "sft.toml"
 POINTS = [
@@ -140,6 +142,15 @@ def test_shares_follow_weights_until_somebody_has_all_he_may() -> None:
     band = Band(10.0, np.array([1.0, 10.0, 10.0]))
     np.testing.assert_allclose(bandwidth.shares(np.array([2.0, 1.0, 2.0]), band), [1, 3, 6])
     np.testing.assert_allclose(bandwidth.shares(np.ones(3), Band(10.0, np.ones(3))), [1, 1, 1])
+    several = np.array([[2.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(bandwidth.shares(several, band), [[1, 3, 6], [1, 4.5, 4.5]])
+
+
+def test_what_is_lost_in_rounding_needs_no_bandwidth() -> None:
+    demand = Demand(np.array([1e20, 1.0]), np.array([1.0, 1.0]))
+    band = Band(10.0, np.array([10.0, 10.0]))
+    for found in (bandwidth.exact(demand, band), bandwidth.successive(demand, band)):
+        assert found.delay_s == pytest.approx(1e20)
 
 
 # --- the delay model -----------------------------------------------------------------------------
@@ -197,6 +208,19 @@ def test_federated_devices_train_everything_and_wait_for_no_server() -> None:
     assert (fast.hertz_s < split.hertz_s).all()
 
 
+def test_rounds_together_are_as_one_by_one() -> None:
+    own, snr = system(2), np.array([[SNR, 2 * SNR], [3.0, 0.5], [1e-17, SNR]])
+    models: tuple[Callable[[Reals], Reals], ...] = (
+        lambda one: sft_delay.round_demand(own, 5, 0.1, one).hertz_s,
+        lambda one: sft_delay.federated_demand(own, one).hertz_s,
+        lambda one: sft_delay.sequential_s(own, 5, one),
+    )
+    for model in models:
+        together = model(snr)
+        np.testing.assert_allclose(together, np.array([model(one) for one in snr]))
+        assert np.isfinite(together).all(), "the weakest signal still brings something"
+
+
 # --- P1 ------------------------------------------------------------------------------------------
 
 
@@ -233,6 +257,7 @@ def test_p1_is_brute_force_whatever_holds_it_back(
     assert solved.accuracy == pytest.approx(0.77, abs=1e-8), "the constraint is tight"
     grid = Grid.of(own, 201)
     searched, multiplied = sft.search(own, grid), sft.lagrange(own, grid)
+    assert searched is not None
     assert solved.delay_s <= searched.delay_s <= solved.delay_s * 1.01
     assert multiplied is not None
     assert multiplied.blocks == blocks
@@ -240,11 +265,32 @@ def test_p1_is_brute_force_whatever_holds_it_back(
     assert multiplied.delay_s <= solved.delay_s * 1.01
 
 
-def test_another_rate_replaces_the_entropy() -> None:
-    own = problem()
-    many = replace(own, rate=lambda rho, _: 32 * np.ones_like(np.asarray(rho, float)))
-    assert sft.solve(many).ratio == 1.0
-    assert sft.solve(own).ratio < 0.5
+def peak(least: float, at: float = 0.6) -> Problem:
+    """A = 0.8 - (rho - at)^2, whatever the levels."""
+    points = [(rho, levels, 0.8 - (rho - at) ** 2) for rho, levels, _ in POINTS]
+    return replace(problem(least), surface=surface.fit(points, 0.8, "m", "d"))
+
+
+def test_the_summit_alone_is_enough() -> None:
+    """Two roots in one point, which rounding makes complex."""
+    for least in (0.8, 0.8 - 1e-12, 0.8 - 1e-7):
+        assert sft.solve(peak(least)).rho == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_grid_may_miss_what_there_is() -> None:
+    own = peak(0.8 - 1e-6)
+    assert 0.599 <= sft.solve(own).rho < 0.6
+    grid = Grid.of(own, 11)
+    assert sft.search(own, grid) is None
+    assert sft.lagrange(own, grid) is None
+
+
+def test_a_surface_without_slope_has_no_roots() -> None:
+    flat = surface.fit([(rho, levels, 0.0) for rho, levels, _ in POINTS], 0.0, "m", "d")
+    own = replace(problem(0.0), surface=flat)
+    assert (sft.solve(own).rho, sft.solve(own).levels) == (0.05, 3)
+    with pytest.raises(PlanError, match="accurate enough"):
+        sft.solve(replace(own, least_accuracy=0.1))
 
 
 def test_entropy_of_the_papers_setting() -> None:
@@ -258,18 +304,30 @@ def test_too_little_memory_names_the_device_and_what_it_lacks() -> None:
     own = problem(devices=devices)
     with pytest.raises(PlanError, match="b has not the memory") as caught:
         sft.solve(own)
-    needed = own.memory_bytes(1)
-    assert f"{needed - 1e8:.0f} bytes more" in caught.value.remedy
-    enough = (devices[0], replace(devices[1], memory_bytes=needed + 1))
+    more = int(caught.value.remedy.split()[2])
+    assert caught.value.remedy == f"give it {more} bytes more"
+    enough = (devices[0], replace(devices[1], memory_bytes=1e8 + more))
     assert sft.solve(problem(devices=enough)).blocks == 1
+    # Equation 28c: all of it is too much.
+    short = (devices[0], replace(devices[1], memory_bytes=1e8 + more - 1))
+    with pytest.raises(PlanError, match="give it 1 bytes more"):
+        sft.solve(problem(devices=short))
+
+
+def test_too_little_memory_names_the_blocks_that_fit() -> None:
+    own = problem()
+    own = replace(own, bounds=replace(own.bounds, blocks=(9, 11)))
+    held = (own.memory_bytes(4) + own.memory_bytes(5)) / 2
+    devices = tuple(replace(one, memory_bytes=held) for one in own.system.devices)
+    with pytest.raises(PlanError, match=r"lower the least blocks to 4$"):
+        sft.solve(replace(own, system=replace(own.system, devices=devices)))
 
 
 def test_too_much_accuracy_says_how_much_less_can_be_had() -> None:
     own = problem(least=0.9)
     with pytest.raises(PlanError, match="accurate enough") as caught:
         sft.solve(own)
-    with pytest.raises(PlanError, match="accurate enough"):
-        sft.search(own, Grid.of(own, 11))
+    assert sft.search(own, Grid.of(own, 11)) is None
     assert sft.lagrange(own, Grid.of(own, 11)) is None
     less = float(caught.value.remedy.split()[1])
     assert sft.solve(replace(own, least_accuracy=0.9 - less)).accuracy >= 0.9 - less - 1e-9
@@ -278,6 +336,10 @@ def test_too_much_accuracy_says_how_much_less_can_be_had() -> None:
 
 
 # --- the study -----------------------------------------------------------------------------------
+
+
+def load(table: dict[str, Any]) -> plan_sft_file.Experiment:
+    return plan_file.load(table, plan_sft_file.Experiment)
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -331,11 +393,7 @@ def test_ours_takes_least_and_says_what_it_sends_more_than_fl(
     outcome: tuple[dict[str, Any], str, Path],
 ) -> None:
     data, text, _ = outcome
-    assert (
-        data["delay_saved"].keys()
-        == data["bytes_saved"].keys()
-        == plan_sft.SCHEMES.keys() - {"sft"}
-    )
+    assert data["delay_saved"].keys() == data["bytes_saved"].keys() == LABELS.keys() - {"sft"}
     for scheme in ("equal", "random", "uncompressed"):
         assert data["delay_saved"][scheme] > 0
     assert data["bytes_saved"]["equal"] == 0
@@ -362,11 +420,25 @@ def test_figures_and_their_data_are_written(
         assert f"{name}.png" in text
 
 
+def test_a_plan_that_no_grid_finds_is_a_plan(tmp_path: Path) -> None:
+    at = 0.05 + 0.95 * 200.5 / 400  # Between two keep rates.
+    points = [[rho, levels, 0.8 - (rho - at) ** 2] for rho, levels, _ in POINTS]
+    accuracy = {"loss": 0.02, "reference": 0.82 - 1e-7, "points": points}
+    bounds = {"rho": [0.05, 1.0], "levels": [4, 4], "blocks": [1, 2]}
+    table = content(accuracy=accuracy, bounds=bounds, rounds=2)
+    found = plan_sft.plan(EXPERIMENT, table, tmp_path / "new")
+    data: dict[str, Any] = found.data
+    assert data["p1"]["rho"] == pytest.approx(at, abs=1e-3)
+    assert data["p1"]["gap"] is data["p1"]["brute_force"] is None
+    assert "against brute force finds nothing; Algorithm 2 does not settle" in found.text
+    assert json.loads((tmp_path / "new" / "sft.json").read_text())["p1"]["gap"] is None
+
+
 def test_the_same_seed_plans_the_same_and_another_another() -> None:
-    spec = plan_sft_file.load(content())
+    spec = load(content())
     first, again = plan_sft_file.system_of(spec), plan_sft_file.system_of(spec)
     assert first == again
-    other = plan_sft_file.load(content(seed=1))
+    other = load(content(seed=1))
     assert plan_sft_file.system_of(other) != first
     one, two = plan_sft_file.channel(spec, 0), plan_sft_file.channel(spec, 1)
     assert not np.array_equal(one, two)
@@ -376,7 +448,7 @@ def test_the_same_seed_plans_the_same_and_another_another() -> None:
 def test_the_surface_is_read_beside_the_file(tmp_path: Path) -> None:
     fitted = surface.fit(POINTS, 0.80, "minilm", "mrpc")
     (tmp_path / "surface.json").write_bytes(fitted.to_json())
-    spec = plan_sft_file.load(content(accuracy={"loss": 0.02, "surface": "surface.json"}))
+    spec = load(content(accuracy={"loss": 0.02, "surface": "surface.json"}))
     own = plan_sft_file.problem_of(spec, plan_sft_file.system_of(spec), tmp_path)
     assert own.surface == fitted
     assert own.least_accuracy == pytest.approx(0.78)
@@ -389,6 +461,9 @@ def test_the_surface_is_read_beside_the_file(tmp_path: Path) -> None:
     [
         ({"accuracy": {"loss": 0.02}}, "`accuracy` is wrong: got neither"),
         ({"accuracy__surface": "x.json"}, "`surface` alone"),
+        ({"accuracy": {"loss": 0.1, "surface": "x", "reference": 0.8}}, "got surface, reference"),
+        ({"bounds__levels": [2, 257]}, r"bounds\.levels\[1\].*<= 256"),
+        ({"devices__memory_bytes": 1e-300}, r"`devices\.memory_bytes`.*1e-09 to 1e\+21"),
         ({"bounds__rho": [0.5, 0.1]}, "`bounds.rho` is wrong"),
         ({"bounds__rho": [0.01, 1.0]}, r"within 0\.05 to 1"),
         ({"bounds__levels": [2, 128]}, "within 2 to 64"),
@@ -403,7 +478,7 @@ def test_a_wrong_file_is_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_the_committed_experiment_names_a_surface_and_its_folder() -> None:
-    spec = plan_sft_file.load(read_toml(EXPERIMENT))
+    spec = load(read_toml(EXPERIMENT))
     assert spec.accuracy.surface is not None
     path = EXPERIMENT.parent / spec.accuracy.surface
     assert path.parent.is_dir()

@@ -264,7 +264,12 @@ def test_memory_error_says_the_least_that_has_to_be_freed() -> None:
 @pytest.mark.parametrize(
     ("change", "what", "remedy"),
     [
-        ({"most_loss": -0.003}, "accuracy budget", "raise the budget by 0.003"),
+        ({"most_loss": -0.003}, "accuracy budget", "raise the budget to 0.0"),
+        (
+            {"knobs": (Knob("a", 4.0, 0.1234567891),), "most_loss": 0.1},
+            "accuracy budget",
+            "raise the budget to 0.1234567891",
+        ),
         ({"least_depth": 4}, "as deep", "lower the least depth to 3, or raise the cut to 4"),
         (
             {"air": Subchannels(((1e6, 1e6),) * 3)},
@@ -340,6 +345,37 @@ def test_more_subchannels_than_devices_are_divided_about_as_well_as_can_be() -> 
         best = min(wanted.ready(owned(rates, np.array(one))).max() for one in every)
         worst = max(worst, float(ready / best))
     assert worst < 1.1
+
+
+def test_a_link_that_is_no_matter_gets_a_part_of_the_medium() -> None:
+    """Beside the server's 1e30 s its seconds are lost in rounding."""
+    own = wants(3)
+    wanted = replace(own, pace=np.full(3, 1e30), behind=np.array([1e28, 0.0, 0.0]))
+    rates = shares(wanted, 4e6)
+    assert rates.sum() == pytest.approx(4e6)
+    assert (rates > 0).all()
+
+
+def test_subchannels_without_a_rate_are_nobodys_gain() -> None:
+    rates = ((1e9, 0.0, 3e9, 2e9), (2e9, 4e9, 0.0, 0.0), (3e9, 0.0, 2e9, 1e9))
+    made = network(Subchannels(rates))
+    found = plan(made.problem, made.judge)
+    assert min(found.plan.bps.values()) > 0
+    assert found.makespan_s <= 1.01 * brute_force(made)
+
+
+def test_what_takes_for_ever_is_a_plan_all_the_same() -> None:
+    found = plan(network().problem, lambda _: math.inf)
+    assert found.makespan_s == math.inf
+    assert set(found.plan.depth) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-10, 1e-16, 1e-30])
+def test_the_bound_is_one_however_unequal_devices_are(spread: float) -> None:
+    """A solver's tolerance is larger than the poorest device's part of all."""
+    rates = rng.stream(0, "even").exponential(1.0, (3, 5)) * np.array([[1.0], [1e-3], [spread]])
+    every = [owned(rates, np.array(one)).min() for one in itertools.product(range(3), repeat=5)]
+    assert 0 < max(every) <= most_even(rates) <= rates[2].sum()
 
 
 def test_the_most_even_division_over_time_bounds_every_assignment() -> None:
@@ -487,6 +523,15 @@ def test_a_file_with_a_medium_or_subchannels_is_planned_too(tmp_path: Path) -> N
     assert set(pieces["bandwidth"].values()) == {3e8}
 
 
+def test_a_step_may_be_larger_than_all_there_is(tmp_path: Path) -> None:
+    for batch in ("batch_size = 1000", "batch_size = 4611686018427387904"):
+        _, table = small(tmp_path, ("batch_size = 8", batch))
+        made = case_of(convert(table, PlanFile))
+        assert made.problem.server.first == made.problem.server.last == 1.0
+        one = made.replay(plan(made.problem, made.judge).plan)
+        assert len({event.step for event in one.events}) == 1
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [
@@ -497,6 +542,11 @@ def test_a_file_with_a_medium_or_subchannels_is_planned_too(tmp_path: Path) -> N
         ('name = "int8"', 'name = "float32"', "codecs.name"),
         ('name = "fast"', 'name = "slow"', "devices.name"),
         ("tokens = 32", "tokens = 0", "data.tokens"),
+        ("samples = 20", "samples = 1e12", "`data` is wrong: got 1.25e+11 steps of 3 devices"),
+        ("samples = 20", "samples = 1e300", "1.25e+299 steps"),
+        ("count = 2", "count = 1000", "got 1001; allowed: at most 1000 together"),
+        ("flops = 4e12", "flops = 1e-300", "`server.flops`"),
+        ("[check]", "[air]\nrates = [[0.0]]\n[check]", "`air.rates[0][0]`"),
     ],
 )
 def test_a_wrong_file_is_refused_by_key(tmp_path: Path, old: str, new: str, key: str) -> None:

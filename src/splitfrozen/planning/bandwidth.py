@@ -119,23 +119,23 @@ def successive(demand: Demand, band: Band) -> Allocation:
 
 
 def shares(weights: Reals, band: Band) -> Reals:
-    """Bandwidth [N] in proportion to weights above 0; what one may not have goes to the others."""
-    given = np.zeros_like(band.most_hz)
-    left, members = band.total_hz, list(np.argsort(band.most_hz / weights, kind="stable"))
-    while members:
-        # In this order, who is not capped at this level is followed by none that is.
-        first = members.pop(0)
-        part = weights[first] / (weights[first] + weights[members].sum())
-        given[first] = min(band.most_hz[first], left * part)
-        left -= given[first]
-    return given
+    """Bandwidth [..., N] in proportion to weights [..., N] above 0; what one may not have goes to
+    the others."""
+    order = np.argsort(band.most_hz / weights, axis=-1, kind="stable")
+    most, own = band.most_hz[order], np.take_along_axis(weights, order, axis=-1)
+    left = band.total_hz - (np.cumsum(most, axis=-1) - most)
+    rest = np.cumsum(own[..., ::-1], axis=-1)[..., ::-1]
+    # For a weight of 1, were all before in this order capped. This grows as long as they should be.
+    level = (left / rest).max(axis=-1, keepdims=True)
+    return np.asarray(np.minimum(band.most_hz, weights * level))
 
 
 def _needed(demand: Demand, delay: Reals) -> Reals:
     """Bandwidth [..., N] with which devices take so long; none for who has nothing to send."""
     room = delay[..., None] - demand.fixed_s
     none = np.zeros(np.broadcast_shapes(room.shape, demand.hertz_s.shape))
-    return np.asarray(np.divide(demand.hertz_s, room, out=none, where=demand.hertz_s > 0))
+    with np.errstate(divide="ignore"):  # Where sending is lost in the rounding of the rest.
+        return np.asarray(np.divide(demand.hertz_s, room, out=none, where=demand.hertz_s > 0))
 
 
 def _tangent_step(demand: Demand, most_hz: Reals, now: Reals, usable: float) -> tuple[Reals, float]:

@@ -77,7 +77,9 @@ def shares(wants: Wants, band: float) -> Array:
         links = wants.slowest_link(middle)
         fits = links.min() > 0 and float((wants.bits / links).sum()) <= band
         low, high = (low, middle) if fits else (middle, high)
-    rates: Array = wants.bits / wants.slowest_link(high)
+    # Nobody needs more than all of it, whatever is lost in rounding where links are no matter.
+    links = np.maximum(wants.slowest_link(high), wants.bits / band)
+    rates: Array = wants.bits / links
     return rates * (band / float(rates.sum()))
 
 
@@ -86,10 +88,17 @@ def most_even(rates: Array) -> float:
 
     A linear programme: the most z such that parts x[k, i] of subchannel i, together at most 1, give
     every k at least z = sum_i x[k, i] rates[k, i]. No division of whole subchannels gives more.
+    What is returned is that of its dual, for which every weights w of the devices are a bound,
+
+        z <= sum_k w_k sum_i x[k, i] rates[k, i] <= sum_i max_k w_k rates[k, i]   (sum_k w_k = 1)
+
+    and so those are, too, that a solver finds within its tolerances. Where rates differ by more
+    than it takes, it is what the poorest device would have of all.
     """
     devices, channels = rates.shape
-    # Variables: x by rows, then z. First the devices' constraints, then the subchannels'.
-    size, scale = rates.size, float(rates.max())
+    # Variables: x by rows, then z. First the devices' constraints, then the subchannels'. Nobody
+    # has more than all, so 1 is a bound of z in that unit.
+    size, scale = rates.size, float(rates.sum(axis=1).min())
     device, channel = np.divmod(np.arange(size), channels)
     gets = csr_array((-rates.ravel() / scale, (device, np.arange(size))), (devices, size))
     uses = csr_array((np.ones(size), (channel, np.arange(size))), (channels, size))
@@ -98,8 +107,13 @@ def most_even(rates: Array) -> float:
     matrix = hstack([vstack([gets, uses]), z], format="csr")
     aim = np.append(np.zeros(size), -1.0)
     solved = linprog(aim, A_ub=matrix, b_ub=uppers, method="highs")
-    assert solved.status == 0, solved.message
-    return float(-solved.fun) * scale
+    weights = np.zeros(devices)
+    if solved.status == 0:
+        weights = np.maximum(-solved.ineqlin.marginals[:devices], 0.0)
+    if not weights.any():
+        return scale
+    bound = (weights[:, None] * rates).max(axis=0).sum() / weights.sum()
+    return min(scale, float(bound))
 
 
 def assign(wants: Wants, rates: Array, names: list[str]) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,6 @@ from splitfrozen.errors import PlanError
 from splitfrozen.planning.division import most_even
 
 Array = npt.NDArray[np.float64]
-_Value = TypeVar("_Value", float, Array)
 
 MENTIONED = 4
 """Devices that a message names."""
@@ -189,7 +187,8 @@ class Problem:
                 got=f"a budget of {self.most_loss:g}; the most exact, {best.name}, loses"
                 f" {best.accuracy_loss:g}",
                 allowed=f"{best.accuracy_loss:g} or more",
-                remedy=f"raise the budget by {best.accuracy_loss - self.most_loss:.6g}",
+                # As it is: rounded, it might not be enough.
+                remedy=f"raise the budget to {best.accuracy_loss!r}",
             )
         return found
 
@@ -284,13 +283,6 @@ class Pipeline:
         place = np.array(point.depths) - 1
         front, lift = self.front[self._every, place], self.lift[self._every, place]
         return front, self.encode[point.knob], self.bits[point.knob] / np.array(point.bps), lift
-
-    def arrival(self, front: _Value, encode: _Value, link: _Value) -> _Value:
-        """When the last step of a device reaches the server: equation (1)."""
-        f = self.problem.server.first
-        slowest = np.maximum(np.maximum(front, encode), link)
-        found: _Value = f * (front + encode + link) + (1 - f) * slowest
-        return found
 
     def estimate(self, point: Point) -> float:
         """About the makespan: the first and the last step in detail, a constant pace between.

@@ -142,9 +142,10 @@ def _density(upload: Upload, floors: Doubles, end: Doubles) -> Doubles:
 
 
 def _end_at(upload: Upload, floors: Doubles, client_w: float) -> Doubles:
-    """The end [...] when every client sends at `client_w`."""
+    """The end [...] when every client sends at `client_w`; later by what may be lost in rounding,
+    of which there is much where uploads are a small part of it."""
     rate = upload.link.subchannel_hz * _most_rate(floors, client_w / upload.link.subchannel_hz)
-    return np.asarray((upload.start_s + upload.bits / rate).max(axis=-1))
+    return np.asarray((upload.start_s + upload.bits / rate).max(axis=-1) * (1 + EXACT))
 
 
 def by_bisection(upload: Upload, owner: Owners) -> Allocation:

@@ -5,6 +5,7 @@ by the compression ratio beta alone, and on nothing else but the accuracy, so `s
 least ratio that is accurate enough and then the best of all l. `search` is brute force, `lagrange`
 the paper's Algorithm 2; both look at every combination of a `Grid`. In each, bandwidth is what P2
 gives on the channel that is planned for, so it is the paper's joint problem (27) that is solved.
+A grid may miss what is allowed; only `solve` knows that there is nothing.
 
 P2, of the small timescale, is solved anew in each round, for the channel as it is then:
 `bandwidth.exact(sft_delay.round_demand(...), system.band)`.
@@ -12,7 +13,7 @@ P2, of the small timescale, is solved anew in each round, for the channel as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,6 @@ from splitfrozen.model.costs import Tokens
 from splitfrozen.planning.bandwidth import Reals, least_delay
 from splitfrozen.planning.sft_delay import FLOAT_BITS, System, first_round_s, round_demand
 from splitfrozen.planning.surface import Surface
-
-Rate = Callable[[npt.ArrayLike, npt.ArrayLike], Reals]
-"""Bits an element of keep rates and levels; rising or concave in the keep rate."""
 
 BLIND = 1e-9
 """Accuracies that differ by less are equal: a root of the surface is not found more exactly."""
@@ -41,7 +39,7 @@ def entropy_bits(rho: npt.ArrayLike, levels: npt.ArrayLike) -> Reals:
     """Bits an element that Top-K with stochastic quantisation takes at least, when coded well.
 
     The entropy of the mask, H(rho), and for each kept element a sign and one of E levels, all as
-    likely. Levels seldom are: a measured rate is a little lower.
+    likely. Levels seldom are: a measured rate is a little lower. Concave in the keep rate.
     """
     kept = np.asarray(rho, np.float64)
     rest = 1 - kept
@@ -69,7 +67,6 @@ class Problem:
         surface: A(rho, E).
         least_accuracy: A_th.
         bounds: of the three variables.
-        rate: bits an element.
     """
 
     system: System
@@ -77,11 +74,10 @@ class Problem:
     surface: Surface
     least_accuracy: float
     bounds: Bounds
-    rate: Rate = entropy_bits
 
     def ratio(self, rho: npt.ArrayLike, levels: npt.ArrayLike) -> Reals:
         """beta."""
-        return self.rate(rho, levels) / FLOAT_BITS
+        return entropy_bits(rho, levels) / FLOAT_BITS
 
     def delay(self, blocks: int, ratio: npt.ArrayLike) -> Reals:
         """Seconds of all rounds, equation 20, of one or more ratios."""
@@ -177,12 +173,13 @@ class Grid:
         )
 
 
-def search(problem: Problem, grid: Grid) -> Choice:
-    """The best of a grid. Raises PlanError, also where no point of it is accurate enough."""
+def search(problem: Problem, grid: Grid) -> Choice | None:
+    """The best of a grid; None where nothing in it is accurate enough. Raises PlanError where no
+    memory is enough."""
     fitting = np.isin(grid.blocks, _fitting(problem))
     accurate = grid.accuracy >= problem.least_accuracy - BLIND
     if not accurate.any():
-        raise _inaccurate(problem, float(grid.accuracy.max()))
+        return None
     delays = np.where(fitting[:, None] & accurate, grid.delays, np.inf)
     row, place = np.unravel_index(delays.argmin(), delays.shape)
     return grid.choice(int(row), int(place))
@@ -263,12 +260,17 @@ def _fitting(problem: Problem) -> list[int]:
     ]
     if found:
         return found
-    needed = problem.memory_bytes(problem.bounds.blocks[0])
+    fewest = problem.bounds.blocks[0]
+    needed = problem.memory_bytes(fewest)
+    # Equation 28c wants less than all of it.
+    more = math.floor(needed - least.memory_bytes) + 1
+    fewer = [one for one in range(1, fewest) if problem.memory_bytes(one) < least.memory_bytes]
     raise PlanError(
-        f"{least.id} has not the memory for {problem.bounds.blocks[0]} of the blocks",
+        f"{least.id} has not the memory for {fewest} of the blocks",
         got=f"{least.memory_bytes:.0f} bytes",
         allowed=f"more than {needed:.0f} bytes",
-        remedy=f"give it {needed - least.memory_bytes:.0f} bytes more, or lower the least blocks",
+        remedy=f"give it {more} bytes more"
+        + (f", or lower the least blocks to {fewer[-1]}" if fewer else ""),
     )
 
 
@@ -276,45 +278,39 @@ def _least_ratio(problem: Problem) -> tuple[float, int, float]:
     """The least compression ratio that is accurate enough, with its levels and its keep rate.
 
     For given levels the allowed keep rates are intervals, between bounds of rho and roots of a
-    cubic; a rate that rises or is concave is least at an end of one. Raises PlanError.
+    cubic; the concave rate is least at an end of one. Where the accuracy turns it is greatest, and
+    an interval may be that point alone. Raises PlanError.
     """
     found: list[tuple[float, int, float]] = []
+    most = -np.inf
     for levels in problem.every_levels():
         cubic = problem.surface.cubic(levels)
+        ends = np.array([*problem.bounds.rho, *_roots(cubic[1:] * np.arange(1, 4))])
         cubic[0] -= problem.least_accuracy
-        ends = np.array([*problem.bounds.rho, *_within(_roots(cubic), problem.bounds.rho)])
-        ends = ends[problem.surface.accuracy(ends, levels) >= problem.least_accuracy - BLIND]
-        found += [(float(problem.ratio(rho, levels)), levels, float(rho)) for rho in ends]
+        ends = np.clip(np.append(ends, _roots(cubic)), *problem.bounds.rho)
+        accuracy = problem.surface.accuracy(ends, levels)
+        most = max(most, float(accuracy.max()))
+        allowed = ends[accuracy >= problem.least_accuracy - BLIND]
+        found += [(float(problem.ratio(rho, levels)), levels, float(rho)) for rho in allowed]
     if not found:
-        raise _inaccurate(problem, max(_summits(problem)))
+        raise _inaccurate(problem, most)
     return min(found)
 
 
-def _summits(problem: Problem) -> Iterator[float]:
-    """The greatest accuracy for each number of levels."""
-    for levels in problem.every_levels():
-        slope = problem.surface.cubic(levels)[1:] * np.arange(1, 4)
-        turns = _roots(slope)
-        ends = np.array([*problem.bounds.rho, *_within(turns, problem.bounds.rho)])
-        yield float(problem.surface.accuracy(ends, levels).max())
-
-
 def _roots(polynomial: Reals) -> Reals:
-    """Real roots; an imaginary part within rounding is none."""
-    roots = np.polynomial.polynomial.polyroots(np.trim_zeros(polynomial, "b"))
+    """Real roots, none of a constant; an imaginary part within rounding is none."""
+    # numpy.polynomial's loses small roots beside those that a coefficient of rounding makes.
+    roots = np.roots(polynomial[::-1])
     return np.asarray(roots[np.abs(roots.imag) < BLIND].real)
 
 
-def _within(values: Reals, bounds: tuple[float, float]) -> Reals:
-    return values[(bounds[0] < values) & (values < bounds[1])]
-
-
 def _inaccurate(problem: Problem, most: float) -> PlanError:
-    lowered = np.floor(most * 1e4) / 1e4
+    # Rounded so that what is asked for can be had.
+    lowered = math.floor(most * 1e4) / 1e4
+    more = math.ceil((problem.least_accuracy - most) * 1e4) / 1e4
     return PlanError(
         "no compression within the bounds is accurate enough",
         got=f"{problem.least_accuracy:.4f} wanted",
         allowed=f"at most {lowered:.4f} by the accuracy surface of {problem.surface.model}",
-        remedy=f"allow {problem.least_accuracy - lowered:.4f} more to be lost, "
-        "or widen the bounds of rho and levels",
+        remedy=f"allow {more:.4f} more to be lost, or widen the bounds of rho and levels",
     )

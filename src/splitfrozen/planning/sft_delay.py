@@ -90,7 +90,7 @@ class System:
     @property
     def down_bps_hz(self) -> float:
         """Spectral efficiency of the downlink, bit/s/Hz."""
-        return float(np.log2(1 + self.server_snr))
+        return float(_efficiency(self.server_snr))
 
 
 # --- the delay of a round: equations 11 to 19 ----------------------------------------------------
@@ -102,7 +102,7 @@ def round_demand(system: System, blocks: int, ratio: npt.ArrayLike, snr: Reals) 
     Args:
         blocks: l, on the devices.
         ratio: beta: a number, or float64 [K] for K instances.
-        snr: float64 [N], of the devices' uplinks in this round, as ratios.
+        snr: float64 [N], of the devices' uplinks in this round, as ratios; or [K, N].
     """
     samples = system.samples
     computing = samples * _device_flops(system, blocks) / system.flops
@@ -128,9 +128,9 @@ def federated_demand(system: System, snr: Reals) -> Demand:
     return Demand(_broadcast_s(system, adapter) + computing, _upload_hertz_s(adapter, snr))
 
 
-def sequential_s(system: System, blocks: int, snr: Reals) -> float:
-    """A round of vanilla SL: devices one after the other, uncompressed, each with the whole server
-    and all the bandwidth that it may have; the adapter goes from one to the next."""
+def sequential_s(system: System, blocks: int, snr: Reals) -> Reals:
+    """A round [...] of vanilla SL: devices one after the other, uncompressed, each with the whole
+    server and all the bandwidth that it may have; the adapter goes from one to the next."""
     samples, adapter = system.samples, _adapter_bytes(system, blocks)
     computing = samples * _device_flops(system, blocks) / system.flops
     served = samples * _server_flops(system, blocks) / system.server_flops
@@ -138,7 +138,8 @@ def sequential_s(system: System, blocks: int, snr: Reals) -> float:
         _broadcast_s(system, adapter) + computing + served,
         samples * _crossing_hertz_s(system, snr) + _upload_hertz_s(adapter, snr),
     )
-    return float(alone.delays(np.minimum(system.band.most_hz, system.total_hz)).sum())
+    each = alone.delays(np.minimum(system.band.most_hz, system.total_hz))
+    return np.asarray(each.sum(axis=-1))
 
 
 # --- bytes of all rounds and devices -------------------------------------------------------------
@@ -184,7 +185,7 @@ def _crossing_hertz_s(system: System, snr: Reals) -> Reals:
     """Seconds times Hz [N] of an uncompressed activation up (equation 13) and its gradient down
     (15), which is as large."""
     bits = FLOAT_BITS * costs.activation_values(system.shape, system.sample)
-    return np.asarray(bits / np.log2(1 + snr) + bits / system.down_bps_hz)
+    return np.asarray(bits / _efficiency(snr) + bits / system.down_bps_hz)
 
 
 # --- adapters and frozen weights -----------------------------------------------------------------
@@ -209,9 +210,14 @@ def _frozen_bytes(system: System, blocks: int) -> float:
 
 def _upload_hertz_s(size: float, snr: Reals) -> Reals:
     """Equation 17, seconds times Hz [N]."""
-    return np.asarray(8 * size / np.log2(1 + snr))
+    return np.asarray(8 * size / _efficiency(snr))
 
 
 def _broadcast_s(system: System, size: float) -> float:
     """Equation 11."""
     return 8 * size / (system.total_hz * system.down_bps_hz)
+
+
+def _efficiency(snr: npt.ArrayLike) -> Reals:
+    """bit/s/Hz; log2(1 + SNR), which would be 0 where the signal is lost in the 1."""
+    return np.asarray(np.log1p(snr) / np.log(2))

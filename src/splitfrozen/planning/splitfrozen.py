@@ -151,11 +151,11 @@ class _Search:
     def _look(self, point: Point) -> float:
         """Judge a point unless it cannot win or enough was judged: infinite then."""
         if point not in self._seen:
-            full = len(self._seen) >= self._looks
-            if full or self._pipeline.floor(point) >= self._seconds:
+            first, full = self._best is None, len(self._seen) >= self._looks
+            if not first and (full or self._pipeline.floor(point) >= self._seconds):
                 return math.inf
             self._seen[point] = self._judge(plan_of(self._problem, point))
-            if self._seen[point] < self._seconds * BETTER:
+            if first or self._seen[point] < self._seconds * BETTER:
                 self._best, self._seconds = point, self._seen[point]
         return self._seen[point]
 
@@ -181,9 +181,8 @@ class _Search:
 
     def _start(self, one: Plan) -> Point:
         """The depths and the codec of a plan, as far as they are allowed, with links of our own."""
-        names = [knob.name for knob in self._problem.knobs]
-        knob = names.index(one.codec) if one.codec in names else self._knobs[0]
-        knob = knob if knob in self._knobs else self._knobs[0]
+        named = (i for i in self._knobs if self._problem.knobs[i].name == one.codec)
+        knob = next(named, self._knobs[0])
         depths = tuple(
             max((n for n in held if n <= one.depth[name]), default=held[0])
             for name, held in zip(self._names, self._held, strict=True)
@@ -309,7 +308,9 @@ class _Search:
             for k in range(count):
                 for change in exchanges(np.array(point.owner), k):
                     owner = tuple(change.get(i, own) for i, own in enumerate(point.owner))
-                    yield self._owned(point.knob, point.depths, owner)
+                    other = self._owned(point.knob, point.depths, owner)
+                    if min(other.bps) > 0:
+                        yield other
         elif isinstance(self._problem.air, Medium):
             for giver, taker in permutations(range(count), 2):
                 for part in TRANSFERS:

@@ -28,6 +28,8 @@ ROOM = 1e-6
 """Part of a limit on power that must become free for a neighbour to count as better."""
 AT_ONCE = 4096
 """Assignments that `best` looks at together."""
+VALUES = 2**22
+"""Floors that are looked at together: with all at once, many subchannels would fill the memory."""
 
 
 def greedy(upload: Upload) -> Owners:
@@ -35,13 +37,15 @@ def greedy(upload: Upload) -> Owners:
 
     First every client gets one subchannel, the slowest client (by its best subchannel alone) first;
     then each of the others goes to the client that is the last at the time. A client takes the best
-    that is left. Ties go to the lower index.
+    that is left. Ties go to the lower index. The density is what C4 and C5 allow where all clients
+    have equally many subchannels.
 
     Raises PlanError where there are fewer subchannels than clients.
     """
     link = upload.link
     _refuse_too_few(link)
-    density = link.total_w / link.subchannels / link.subchannel_hz
+    watts = min(link.total_w, link.clients * link.client_w)
+    density = watts / link.subchannels / link.subchannel_hz
     rate = link.subchannel_hz * np.log2(1 + density * link.gain)
     owner = np.full(link.subchannels, -1)
     got = np.zeros(link.clients)
@@ -64,15 +68,19 @@ def improve(upload: Upload, owner: Owners) -> Owners:
 
     A step takes the neighbours that leave most room under the tightest limit, the first of equals
     first, as long as each touches two clients that no other has: what they change adds up, so
-    together they are better too. The end falls with every step, so it comes to rest.
+    together they are better too. The end falls with every step, so it comes to rest; where it does
+    not, the uploads' share of it is lost in rounding, and nothing more can be had.
     """
+    end = earliest_end(upload, owner)
     while True:
-        moves, swaps = _tightest(upload, owner)
+        moves, swaps = _tightest(upload, owner, end)
         scores = np.concatenate([moves.ravel(), swaps.ravel()])
         better = np.flatnonzero(scores < 1 - ROOM)
-        if not len(better):
+        changed = _apply(upload.link, owner, better[np.argsort(scores[better], kind="stable")])
+        ended = earliest_end(upload, changed)
+        if not ended < end:
             return owner
-        owner = _apply(upload.link, owner, better[np.argsort(scores[better], kind="stable")])
+        owner, end = changed, ended
 
 
 def _apply(link: Link, owner: Owners, neighbours: Owners) -> Owners:
@@ -94,14 +102,14 @@ def _apply(link: Link, owner: Owners, neighbours: Owners) -> Owners:
     return changed
 
 
-def _tightest(upload: Upload, owner: Owners) -> tuple[Doubles, Doubles]:
+def _tightest(upload: Upload, owner: Owners, end: Doubles) -> tuple[Doubles, Doubles]:
     """How much of the tightest limit every neighbour uses at the present end: below 1 it is better.
 
     Returns:
         Of subchannel i for client k, [N, K]; of i and j swapped, [N, N].
     """
     link = upload.link
-    need = needed(upload, earliest_end(upload, owner))
+    need = needed(upload, end)
     floors = owned_floors(link, owner)
     power = least_density(floors, need)
     # [N, m]: what the owner of i has, without i.
@@ -110,9 +118,9 @@ def _tightest(upload: Upload, owner: Owners) -> tuple[Doubles, Doubles]:
     without = np.sort(np.where(others, 1 / link.gain[owner], np.inf), axis=-1)
     without = without[:, : floors.shape[-1]]
     lost = least_density(without, need[owner])
-    gained = least_density(_with_one_more(floors, 1 / link.gain), need[:, None])
+    gained = _with_one_more(floors, 1 / link.gain, need)
     # [N, N]: what the owner of i needs with j in place of i.
-    swapped = least_density(_with_one_more(without, 1 / link.gain[owner]), need[owner][:, None])
+    swapped = _with_one_more(without, 1 / link.gain[owner], need[owner])
 
     rest = _largest_of_others(power)
     hands = np.arange(link.clients)
@@ -121,11 +129,18 @@ def _tightest(upload: Upload, owner: Owners) -> tuple[Doubles, Doubles]:
     return moves, swaps
 
 
-def _with_one_more(floors: Doubles, more: Doubles) -> Doubles:
-    """Sets of floors [A, m], each with each of its row in `more` [A, N]: [A, N, m + 1], sorted."""
-    shape = (*more.shape, floors.shape[-1])
-    both = np.concatenate([np.broadcast_to(floors[:, None], shape), more[..., None]], axis=-1)
-    return np.sort(both, axis=-1)
+def _with_one_more(floors: Doubles, more: Doubles, need: Doubles) -> Doubles:
+    """`least_density` [A, N] for needs [A] over sets of floors [A, m], each with one of its row in
+    `more` [A, N]."""
+    count, size = more.shape[-1], floors.shape[-1]
+    found = np.empty(more.shape)
+    rows = max(1, VALUES // (count * (size + 1)))
+    for first in range(0, len(floors), rows):
+        some = slice(first, first + rows)
+        own = np.repeat(floors[some, None], count, axis=1)
+        both = np.sort(np.concatenate([own, more[some, :, None]], axis=-1), axis=-1)
+        found[some] = least_density(both, need[some, None])
+    return found
 
 
 def _use(

@@ -88,7 +88,7 @@ def read(data: bytes, name: str) -> Surface:
     """Read what `to_json` wrote. Raises DataError; `name` is what it calls the data."""
     try:
         surface = msgspec.json.decode(data, type=Surface)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(
             f"{name} is no accuracy surface",
             got=str(error),

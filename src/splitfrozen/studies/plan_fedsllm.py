@@ -7,7 +7,6 @@ differ in what they may choose anew. docs/planning.md says what differs from the
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from splitfrozen import rng
-from splitfrozen.disk import explained, write_whole
+from splitfrozen.disk import explained
 from splitfrozen.planning import fedsllm
 from splitfrozen.planning.channel import Doubles, shared_out
 from splitfrozen.planning.fedsllm import BLOCKS, Block, Plan, Problem, time_s
@@ -25,17 +24,16 @@ from splitfrozen.planning.power import Upload, by_bisection, by_convex, end_s
 from splitfrozen.records import Outcome
 from splitfrozen.runs.summary import table
 from splitfrozen.studies import plan_fedsllm_figures as drawings
-from splitfrozen.studies.environment import environment
 from splitfrozen.studies.plan_fedsllm_file import (
     Experiment,
     drawn,
-    load,
     rounds,
     rounds_text,
     sized,
     small_instances,
     varied,
 )
+from splitfrozen.studies.plan_file import load, write_result
 
 OURS = "proposed"
 SCHEMES: dict[str, tuple[Block, ...]] = {
@@ -68,7 +66,7 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
 
     Raises ConfigError, PlanError, StoreError.
     """
-    spec = load(content)
+    spec = load(content, Experiment)
     given = rounds(spec, source.parent)
     data: dict[str, Any] = {
         "system": spec.system,
@@ -278,10 +276,8 @@ def _text(data: Mapping[str, Any], given: Mapping[int, float]) -> str:
 def _write(source: Path, data: Mapping[str, Any], out: Path) -> list[Path]:
     """Data with its environment, the curves as CSV, and the picture."""
     paths = [out / f"{source.stem}{ending}" for ending in (".json", ".csv", ".png")]
+    write_result(paths[0], data)
     with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        result = {**data, "environment": environment()}
-        write_whole(paths[0], json.dumps(result, indent=2).encode() + b"\n")
         with paths[1].open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("figure", "vary", "value", "scheme", "mean_s", "low_s", "high_s"))

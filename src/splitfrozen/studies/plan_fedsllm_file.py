@@ -16,6 +16,7 @@ experiments/fedsllm.toml is an example with sources; docs/planning.md lists the 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,21 +27,24 @@ import numpy as np
 from msgspec import Meta, structs
 
 from splitfrozen import rng
-from splitfrozen.config import Above0, Natural, Spec, Whole, convert
-from splitfrozen.errors import ConfigError
+from splitfrozen.config import Above0, Natural, Spec, Whole
+from splitfrozen.errors import PlanError
 from splitfrozen.model import costs
 from splitfrozen.model.costs import HeadMap, ModelShape, Tokens
 from splitfrozen.planning.channel import Doubles, Link, path_gains, positions, watts
 from splitfrozen.planning.fedsllm import Problem, Workload
 from splitfrozen.simulation.experiment import SHAPES
+from splitfrozen.studies.plan_file import bad
 
-DOCUMENT = "docs/planning.md"
+FAINTEST = 3e-6
+"""Of a signal, over the noise: beside the 1 of log2(1 + SNR), weaker ones are lost in rounding."""
 MOST_ENUMERATED = 20_000
 """Assignments of a link that are all looked at, for every split and rank of every instance."""
 
 Several = Annotated[tuple[Above0, ...], Meta(min_length=2)]
 Dbm = Annotated[float, Meta(ge=-60, le=100)]
 Size = Annotated[int, Meta(ge=1, le=1000)]
+Metres = Annotated[float, Meta(gt=0, le=1e5)]
 
 
 class ModelPart(Spec, frozen=True):
@@ -61,8 +65,8 @@ class CellPart(Spec, frozen=True):
     one. `client_hz`: f_k, the least and the most. `rayleigh`: subchannels fade apart."""
 
     clients: Size
-    radius_m: Above0
-    main_server_m: Above0
+    radius_m: Metres
+    main_server_m: Metres
     shadowing_db: Annotated[float, Meta(ge=0, le=50)]
     client_hz: tuple[Above0, Above0]
     rayleigh: bool = False
@@ -100,14 +104,14 @@ class FiguresPart(Spec, frozen=True):
     def __post_init__(self) -> None:
         for key, values in structs.asdict(self).items():
             if list(values) != sorted(set(values)):
-                raise _bad(f"figures.{key}", values, "values that rise", "sort them")
+                raise bad(f"figures.{key}", values, "values that rise", "sort them")
 
 
 class SmallPart(Spec, frozen=True):
     """`draws`: instances. `spread`: bandwidths, powers and speeds are drawn log-uniformly within
     this factor of where they are."""
 
-    draws: Whole
+    draws: Annotated[int, Meta(ge=1, le=10_000)]
     clients: Size
     subchannels: Size
     splits: Annotated[tuple[Whole, ...], Meta(min_length=1)]
@@ -148,18 +152,18 @@ class Experiment(Spec, frozen=True):
     def __post_init__(self) -> None:
         blocks = self.shape.blocks
         if max(self.small.splits) >= blocks:
-            raise _bad("small.splits", max(self.small.splits), f"1..{blocks - 1}", "lower it")
+            raise bad("small.splits", max(self.small.splits), f"1..{blocks - 1}", "lower it")
         if not set(self.small.ranks) <= set(self.model.ranks):
-            raise _bad("small.ranks", self.small.ranks, f"some of {self.model.ranks}", "mend it")
+            raise bad("small.ranks", self.small.ranks, f"some of {self.model.ranks}", "mend it")
         if self.small.clients**self.small.subchannels > MOST_ENUMERATED:
-            raise _bad(
+            raise bad(
                 "small",
                 f"{self.small.clients} clients and {self.small.subchannels} subchannels",
                 f"at most {MOST_ENUMERATED} assignments",
                 "take fewer of either",
             )
         if self.cell.client_hz[0] > self.cell.client_hz[1]:
-            raise _bad("cell.client_hz", self.cell.client_hz, "the least and the most", "swap them")
+            raise bad("cell.client_hz", self.cell.client_hz, "the least and the most", "swap them")
 
     @property
     def shape(self) -> ModelShape:
@@ -167,11 +171,6 @@ class Experiment(Spec, frozen=True):
         shape = SHAPES[self.model.shape]()
         head = HeadMap(shape.width, self.model.vocabulary, pooled=False, trained=False)
         return replace(shape, head=(head,), vocabulary=self.model.vocabulary)
-
-
-def load(content: dict[str, Any]) -> Experiment:
-    """Check the tables of a file. Raises ConfigError."""
-    return convert(content, Experiment, DOCUMENT)
 
 
 def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
@@ -183,7 +182,7 @@ def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
         given = _read(folder / spec.rounds)
     missing = [rank for rank in spec.model.ranks if str(rank) not in (given or {})]
     if given is None or missing:
-        raise _bad(
+        raise bad(
             "rounds",
             f"none for rank {missing[0]} in {where}",
             'a number of rounds for every rank of model.ranks, as in rounds = {"4" = 20.5}',
@@ -192,23 +191,22 @@ def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
     return {rank: float(given[str(rank)]) for rank in sorted(spec.model.ranks)}
 
 
-def _read(path: Path) -> dict[str, float]:
-    class File(msgspec.Struct):
-        rounds: dict[str, Above0]
+class _Measured(msgspec.Struct):
+    """What is read of the file that scripts/measure_rounds.py writes."""
 
+    rounds: dict[str, Above0]
+
+
+def _read(path: Path) -> dict[str, float]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=File).rounds
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        raise _bad(
+        return msgspec.json.decode(path.read_bytes(), type=_Measured).rounds
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
+        raise bad(
             "rounds",
             f"{path}: {getattr(error, 'strerror', None) or error}",
             "the path of a file that scripts/measure_rounds.py wrote, or a table by rank",
             "run that script, or mend the path",
         ) from error
-
-
-def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
-    return ConfigError(f"`{key}` is wrong", got=got, allowed=allowed, remedy=remedy)
 
 
 # --- what is drawn ---------------------------------------------------------------------------
@@ -230,7 +228,10 @@ def workload(spec: Experiment, split: int) -> Workload:
 
 
 def drawn(spec: Experiment, rounds_by_rank: Mapping[int, float], number: int) -> Problem:
-    """Cell `number`. Positions, shadowing and speeds depend on nothing that the figures vary."""
+    """Cell `number`. Positions, shadowing and speeds depend on nothing that the figures vary.
+
+    Raises PlanError where a signal is lost in the noise.
+    """
     cell, link = spec.cell, spec.link
     random = rng.stream(spec.seed, "cell", number, cell.clients, link.subchannels)
     places = positions(cell.clients, cell.radius_m, random)
@@ -241,12 +242,14 @@ def drawn(spec: Experiment, rounds_by_rank: Mapping[int, float], number: int) ->
         gamma = path_gains(
             distance, link.subchannels, cell.shadowing_db, random, rayleigh=cell.rayleigh
         )
-        return Link(
+        made = Link(
             gain=antennas * gamma / watts(link.noise_dbm_hz),
             subchannel_hz=link.bandwidth_hz / link.subchannels,
             client_w=watts(link.client_dbm),
             total_w=watts(link.total_dbm),
         )
+        _refuse_faint(made, number)
+        return made
 
     return Problem(
         main=to(server, link.main_gain),
@@ -259,6 +262,21 @@ def drawn(spec: Experiment, rounds_by_rank: Mapping[int, float], number: int) ->
         workloads={split: workload(spec, split) for split in range(1, spec.shape.blocks)},
         rounds=rounds_by_rank,
     )
+
+
+def _refuse_faint(link: Link, cell: int) -> None:
+    """Every client is heard, on its best subchannel, with its part of the power of C4 and C5."""
+    each_w = min(link.client_w, link.total_w / link.clients)
+    heard = link.gain.max(axis=1) * each_w / link.subchannel_hz
+    client = int(heard.argmin())
+    if heard[client] < FAINTEST:
+        lacks = math.ceil(10 * math.log10(FAINTEST / heard[client]))
+        raise PlanError(
+            f"C4 and C5 leave client {client} of cell {cell} lost in the noise",
+            got=f"{10 * math.log10(heard[client]):.0f} dB over it at most",
+            allowed=f"{10 * math.log10(FAINTEST):.0f} dB or more",
+            remedy=f"raise link.client_dbm and link.total_dbm by {lacks}, or bring it nearer",
+        )
 
 
 def varied(spec: Experiment, key: str, value: float) -> Experiment:

@@ -6,7 +6,6 @@ that is drawn for it. docs/planning.md says what is compared and where it differ
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -16,33 +15,25 @@ from typing import Any
 import numpy as np
 
 from splitfrozen import rng
-from splitfrozen.disk import explained, write_whole
+from splitfrozen.disk import explained
 from splitfrozen.planning import bandwidth, sft, sft_delay
-from splitfrozen.planning.bandwidth import Band, Demand, Reals
+from splitfrozen.planning.bandwidth import Band, Demand, Reals, least_delay
 from splitfrozen.planning.sft import Choice, Grid, Problem
 from splitfrozen.planning.sft_delay import System
 from splitfrozen.records import Outcome
 from splitfrozen.runs.summary import table
 from splitfrozen.studies import plan_sft_figures as figures
-from splitfrozen.studies.environment import environment
+from splitfrozen.studies.plan_file import load, write_result
+from splitfrozen.studies.plan_sft_figures import LABELS
 from splitfrozen.studies.plan_sft_file import (
     Experiment,
     channel,
-    load,
     problem_of,
     system_of,
     widened,
 )
 
 OURS = "sft"
-SCHEMES = {
-    OURS: "SFT",
-    "equal": "SFT, equal bandwidth",
-    "random": "SFT, random bandwidth",
-    "uncompressed": "SFT without compression",
-    "fl": "FL with LoRA",
-    "sl": "SL",
-}
 P2_INSTANCES = 100
 CLOSE = 1e-3
 """Algorithm 3 is to come so close to the exact solution of P2."""
@@ -61,7 +52,7 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
 
     Raises ConfigError, DataError, PlanError, StoreError.
     """
-    spec = load(content)
+    spec = load(content, Experiment)
     system = system_of(spec)
     problem = problem_of(spec, system, source.parent)
     choice = sft.solve(problem)
@@ -89,7 +80,8 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
     }
     text = _told(spec, data)
     if out is not None:
-        text += ["", *(f"wrote {path}" for path in _write(source, data, shown, out))]
+        result = {**data, "figures": shown}
+        text += ["", *(f"wrote {path}" for path in _write(source, result, out))]
     return Outcome(data, "\n".join(text))
 
 
@@ -108,7 +100,6 @@ def _run(choice: Choice) -> dict[str, Any]:
 
 def _p1(spec: Experiment, problem: Problem, choice: Choice) -> dict[str, Any]:
     grid = Grid.of(problem, RATES)
-    searched, multiplied = sft.search(problem, grid), sft.lagrange(problem, grid)
     return {
         **_told_choice(choice),
         "bits_per_element": choice.ratio * sft_delay.FLOAT_BITS,
@@ -118,15 +109,22 @@ def _p1(spec: Experiment, problem: Problem, choice: Choice) -> dict[str, Any]:
             "data": problem.surface.data,
             "mse": problem.surface.mse,
         },
-        "gap": choice.delay_s / searched.delay_s - 1,
-        "brute_force": _told_choice(searched),
+        **_beside(choice, sft.search(problem, grid), sft.lagrange(problem, grid)),
+        "drawn": _drawn_gaps(spec, problem),
+    }
+
+
+def _beside(choice: Choice, searched: Choice | None, multiplied: Choice | None) -> dict[str, Any]:
+    """The exact choice against those of a grid, which may have none."""
+    return {
+        "gap": searched and choice.delay_s / searched.delay_s - 1,
+        "brute_force": searched and _told_choice(searched),
         "algorithm2": multiplied
         and {
             **_told_choice(multiplied),
             "gap": multiplied.delay_s / choice.delay_s - 1,
             "steps": multiplied.steps,
         },
-        "drawn": _drawn_gaps(spec, problem),
     }
 
 
@@ -136,8 +134,9 @@ def _drawn_gaps(spec: Experiment, problem: Problem) -> dict[str, Any]:
     for number in range(P1_INSTANCES):
         drawn = _drawn_p1(spec, problem, number)
         grid, solved = Grid.of(drawn, FEWER_RATES), sft.solve(drawn)
-        multiplied = sft.lagrange(drawn, grid)
-        gaps.append(solved.delay_s / sft.search(drawn, grid).delay_s - 1)
+        searched, multiplied = sft.search(drawn, grid), sft.lagrange(drawn, grid)
+        assert searched is not None, "no more is wanted than is had in some corner of the grid"
+        gaps.append(solved.delay_s / searched.delay_s - 1)
         blocks.add(solved.blocks)
         if multiplied is not None:
             others.append(multiplied.delay_s / solved.delay_s - 1)
@@ -213,13 +212,19 @@ def _drawn_p2(spec: Experiment, system: System, number: int) -> tuple[Demand, Ba
 
 def _compare(spec: Experiment, system: System, blocks: int, ratio: float) -> dict[str, Any]:
     """Seconds and bytes of all rounds by scheme, and what SFT saves against each."""
-    delays = dict.fromkeys(SCHEMES, sft_delay.first_round_s(system, blocks))
-    delays["fl"] = sft_delay.first_round_s(system, system.shape.blocks)
-    for number in range(spec.rounds):
-        for scheme, seconds in _round(spec, system, (blocks, ratio), number).items():
-            delays[scheme] += seconds
-    compressed = sft_delay.split_bytes(system, blocks, ratio)
-    sent = dict.fromkeys(SCHEMES, compressed)
+    snr = _channels(spec)
+    plain = sft_delay.round_demand(system, blocks, 1.0, snr)
+    federated = sft_delay.federated_demand(system, snr)
+    every = {
+        **_shared(spec, system, sft_delay.round_demand(system, blocks, ratio, snr)),
+        "uncompressed": least_delay(plain, system.band),
+        "fl": least_delay(federated, system.band),
+        "sl": sft_delay.sequential_s(system, blocks, snr),
+    }
+    first = dict.fromkeys(LABELS, sft_delay.first_round_s(system, blocks))
+    first["fl"] = sft_delay.first_round_s(system, system.shape.blocks)
+    delays = {scheme: first[scheme] + float(every[scheme].sum()) for scheme in LABELS}
+    sent = dict.fromkeys(LABELS, sft_delay.split_bytes(system, blocks, ratio))
     sent["uncompressed"] = sft_delay.split_bytes(system, blocks, 1.0)
     sent["fl"] = sft_delay.federated_bytes(system)
     sent["sl"] = sft_delay.split_bytes(system, blocks, 1.0, sequential=True)
@@ -231,30 +236,25 @@ def _compare(spec: Experiment, system: System, blocks: int, ratio: float) -> dic
     }
 
 
-def _round(
-    spec: Experiment, system: System, setting: tuple[int, float], number: int
-) -> dict[str, float]:
-    """Seconds of one round by scheme; only SFT's benchmarks by bandwidth do without P2."""
-    (blocks, ratio), snr, band = setting, channel(spec, number), system.band
-    demand = sft_delay.round_demand(system, blocks, ratio, snr)
-    plain = sft_delay.round_demand(system, blocks, 1.0, snr)
-    equal, random = _shares(spec, band, number)
+def _channels(spec: Experiment) -> Reals:
+    """Signal-to-noise ratios of all rounds, [T, N]."""
+    return np.stack([channel(spec, number) for number in range(spec.rounds)])
+
+
+def _shared(spec: Experiment, system: System, demand: Demand) -> dict[str, Reals]:
+    """Seconds [T] of all rounds, with the bandwidths of P2, and with equal and random ones."""
+    count, band = len(system.devices), system.band
+    weights = np.stack(
+        [
+            rng.stream(spec.seed, "shares", number).uniform(LEAST_SHARE, MOST_SHARE, count)
+            for number in range(spec.rounds)
+        ]
+    )
     return {
-        OURS: float(bandwidth.least_delay(demand, band)),
-        "equal": float(demand.delays(equal).max()),
-        "random": float(demand.delays(random).max()),
-        "uncompressed": float(bandwidth.least_delay(plain, band)),
-        "fl": float(bandwidth.least_delay(sft_delay.federated_demand(system, snr), band)),
-        "sl": sft_delay.sequential_s(system, blocks, snr),
+        OURS: least_delay(demand, band),
+        "equal": demand.delays(bandwidth.shares(np.ones(count), band)).max(axis=-1),
+        "random": demand.delays(bandwidth.shares(weights, band)).max(axis=-1),
     }
-
-
-def _shares(spec: Experiment, band: Band, number: int) -> Iterator[Reals]:
-    """Equal and random bandwidths of a round."""
-    count = len(band.most_hz)
-    draw = rng.stream(spec.seed, "shares", number)
-    for weights in (np.ones(count), draw.uniform(LEAST_SHARE, MOST_SHARE, count)):
-        yield bandwidth.shares(weights, band)
 
 
 def _saved(values: Mapping[str, float]) -> dict[str, float]:
@@ -265,12 +265,10 @@ def _saved(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _over(spec: Experiment, system: System, choice: Choice, total_hz: float) -> dict[str, float]:
-    """Figure 9: mean seconds of a round with another bandwidth, of what shares it in three ways."""
-    other, setting = widened(system, total_hz), (choice.blocks, choice.ratio)
-    rounds = [_round(spec, other, setting, number) for number in range(spec.rounds)]
-    means = {
-        name: float(np.mean([one[name] for one in rounds])) for name in (OURS, "equal", "random")
-    }
+    """Figure 9: mean seconds of a round with another bandwidth, shared in three ways."""
+    other = widened(system, total_hz)
+    demand = sft_delay.round_demand(other, choice.blocks, choice.ratio, _channels(spec))
+    means = {name: float(each.mean()) for name, each in _shared(spec, other, demand).items()}
     return {"total_hz": total_hz, **means}
 
 
@@ -332,13 +330,14 @@ def _published(spec: Experiment) -> dict[str, Any]:
 
 def _told(spec: Experiment, data: Mapping[str, Any]) -> list[str]:
     p1, p2, drawn, own = data["p1"], data["p2"], data["p1"]["drawn"], spec.paper
-    second = p1["algorithm2"]
+    second, gap = p1["algorithm2"], p1["gap"]
+    searched = "finds nothing" if gap is None else f"{gap:+.3%}"
+    multiplied = f"{second['gap']:+.3%} in {second['steps']} steps" if second else "does not settle"
     lines = [
         f"P1: keep rate {p1['rho']:.3f}, {p1['levels']} levels, {p1['blocks']} of the blocks on "
         f"devices: {p1['bits_per_element']:.2f} bits an element, accuracy {p1['accuracy']:.4f} "
         f"(at least {p1['least_accuracy']:.4f}), {p1['delay_s'] / 60:.1f} minutes as planned",
-        f"    against brute force {p1['gap']:+.3%}; Algorithm 2 "
-        + (f"{second['gap']:+.3%} in {second['steps']} steps" if second else "does not settle"),
+        f"    against brute force {searched}; Algorithm 2 {multiplied}",
         f"    {drawn['instances']} drawn problems: against brute force at most "
         f"{drawn['max_gap']:+.3%}; Algorithm 2 settles in {drawn['algorithm2_settled']}",
         f"P2: Algorithm 3 within {CLOSE:.1%} of the exact solution in {p2['within']:.0%} of "
@@ -365,7 +364,7 @@ def _told(spec: Experiment, data: Mapping[str, Any]) -> list[str]:
 
 def _table(found: Mapping[str, Any], paper: Mapping[str, float], *, beside: bool) -> str:
     rows = []
-    for scheme, name in SCHEMES.items():
+    for scheme, name in LABELS.items():
         row = [name, f"{found['delay_s'][scheme] / 60:.1f}"]
         row += [f"{paper[scheme]:.1f}" if scheme in paper else "-"] if beside else []
         row += [_percent(found["delay_saved"].get(scheme))]
@@ -381,13 +380,10 @@ def _percent(part: float | None) -> str:
     return f"{part:.1%}" if part > -1 else f"{1 - part:.1f} times as much"
 
 
-def _write(source: Path, data: dict[str, Any], shown: dict[str, Any], out: Path) -> Iterator[Path]:
+def _write(source: Path, result: dict[str, Any], out: Path) -> Iterator[Path]:
     """The result with what its figures show, and the figures."""
     path = out / f"{source.stem}.json"
-    result = {**data, "figures": shown, "environment": environment()}
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
+    write_result(path, result)
     yield path
     with explained(out):
         yield from figures.draw(result, out)

@@ -12,8 +12,8 @@ from typing import Any
 
 LABELS = {
     "sft": "SFT",
-    "equal": "equal bandwidth",
-    "random": "random bandwidth",
+    "equal": "SFT, equal bandwidth",
+    "random": "SFT, random bandwidth",
     "uncompressed": "SFT, uncompressed",
     "fl": "FL with LoRA",
     "sl": "SL",
@@ -111,7 +111,7 @@ def _bandwidth(result: Mapping[str, Any]) -> Any:
     figure = _figure(5.6, 3.8)
     panel = figure.subplots()
     for colour, name in zip(COLOURS, ("sft", "equal", "random"), strict=False):
-        label = "P2" if name == "sft" else LABELS[name]
+        label = LABELS[name] if name != "sft" else "SFT, bandwidth of P2"
         seconds = [row[name] for row in rows]
         panel.plot(
             [row["total_hz"] / 1e6 for row in rows], seconds, "o-", color=colour, label=label

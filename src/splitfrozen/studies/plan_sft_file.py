@@ -24,17 +24,20 @@ import numpy as np
 from msgspec import Meta, field
 
 from splitfrozen import rng
-from splitfrozen.config import Above0, Natural, Spec, Whole, convert
-from splitfrozen.errors import ConfigError, DataError
+from splitfrozen.config import Above0, Natural, Spec, Whole
+from splitfrozen.errors import DataError
 from splitfrozen.planning import surface as surfaces
 from splitfrozen.planning.bandwidth import Reals
 from splitfrozen.planning.sft import Bounds, Problem
 from splitfrozen.planning.sft_delay import Device, System
-from splitfrozen.planning.surface import Kept, Levels, Point, Share, Surface
+from splitfrozen.planning.surface import Kept, Point, Share, Surface
 from splitfrozen.simulation.experiment import SHAPES
+from splitfrozen.studies.plan_file import bad
+from splitfrozen.wire import topk
 
-DOCUMENT = "docs/planning.md"
 Decibels = Annotated[float, Meta(ge=-50, le=100)]
+Levels = Annotated[int, Meta(ge=2, le=topk.LEVELS)]
+"""Those that the codec has."""
 
 
 class ModelPart(Spec, frozen=True):
@@ -95,16 +98,17 @@ class AccuracyPart(Spec, frozen=True):
     reference: Share | None = None
 
     def __post_init__(self) -> None:
-        inline = bool(self.points) and self.reference is not None
-        if inline == (self.surface is not None) or bool(self.points) != inline:
-            raise ConfigError(
-                "`accuracy` is wrong",
-                got=", ".join(
-                    key for key in ("surface", "points", "reference") if getattr(self, key)
-                )
-                or "neither",
-                allowed="`surface` alone, or `points` with `reference`",
-                remedy="name the file of a surface, or give measured points",
+        given = {
+            "surface": self.surface is not None,
+            "points": bool(self.points),
+            "reference": self.reference is not None,
+        }
+        if tuple(given.values()) not in ((True, False, False), (False, True, True)):
+            raise bad(
+                "accuracy",
+                ", ".join(key for key, there in given.items() if there) or "neither",
+                "`surface` alone, or `points` with `reference`",
+                "name the file of a surface, or give measured points",
             )
 
 
@@ -151,7 +155,7 @@ class Experiment(Spec, frozen=True):
             ("bounds.blocks", self.bounds.blocks),
         ):
             if least > most:
-                raise _bad(key, [least, most], "the least before the most", "exchange them")
+                raise bad(key, [least, most], "the least before the most", "exchange them")
         blocks = SHAPES[self.model.shape]().blocks
         for key, most in (
             ("bounds.blocks", self.bounds.blocks[1]),
@@ -159,12 +163,7 @@ class Experiment(Spec, frozen=True):
         ):
             if most >= blocks:
                 allowed = f"1..{blocks - 1}, as {self.model.shape} has {blocks} blocks"
-                raise _bad(key, most, allowed, "lower it: the server has one at least")
-
-
-def load(table: dict[str, Any]) -> Experiment:
-    """The file's tables as a spec. Raises ConfigError."""
-    return convert(table, Experiment, DOCUMENT)
+                raise bad(key, most, allowed, "lower it: the server has one at least")
 
 
 def system_of(spec: Experiment) -> System:
@@ -239,12 +238,8 @@ def _refuse_beyond(key: str, bounds: tuple[float, float], measured: Sequence[flo
     least, most = min(measured), max(measured)
     if bounds[0] < least or bounds[1] > most:
         allowed = f"within {least:g} to {most:g}, where the accuracy was measured"
-        raise _bad(key, list(bounds), allowed, "narrow it, or measure more points")
+        raise bad(key, list(bounds), allowed, "narrow it, or measure more points")
 
 
 def _ratio(decibels: Any) -> Any:
     return 10 ** (decibels / 10)
-
-
-def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
-    return ConfigError(f"`{key}` is wrong", got=got, allowed=allowed, remedy=remedy)

@@ -9,7 +9,6 @@ brute force ([check]), and how fast, on a cell with many devices and subchannels
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -20,8 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from splitfrozen.config import convert
-from splitfrozen.disk import explained, write_whole
+from splitfrozen.disk import explained
 from splitfrozen.planning.depth import assign
 from splitfrozen.planning.makespan import Medium, Plan, Subchannels
 from splitfrozen.planning.splitfrozen import Found
@@ -31,7 +29,7 @@ from splitfrozen.runs.summary import table as aligned
 from splitfrozen.simulation import gantt
 from splitfrozen.simulation.experiment import named
 from splitfrozen.studies import plan_splitfrozen_figures as figures
-from splitfrozen.studies.environment import environment
+from splitfrozen.studies.plan_file import load, write_result
 from splitfrozen.studies.plan_splitfrozen_cases import Case, brute_force, crowd, draw
 from splitfrozen.studies.plan_splitfrozen_file import (
     MEGA,
@@ -43,7 +41,6 @@ from splitfrozen.studies.plan_splitfrozen_file import (
     case_of,
 )
 
-DOCUMENT = "docs/planning.md"
 WITHIN = 0.01
 """Of brute force: what counts as good."""
 SHOWN_STEPS = 8
@@ -148,11 +145,10 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
 
     Raises ConfigError, PlanError, StoreError.
     """
-    spec = convert(table, PlanFile, DOCUMENT)
+    spec = load(table, PlanFile)
     made = case_of(spec)
     found, rows = planned(spec, made)
     paper, depth = rows[1], rows[2]
-    bound = found.bound_s
     data: dict[str, object] = {
         "problem": str(source),
         "system": "splitfrozen",
@@ -160,20 +156,13 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
         "makespan_s": found.makespan_s,
         "paper_rule_s": paper.codec_s,
         "depth_rule_s": depth.codec_s,
-        "bound_s": bound,
+        "bound_s": found.bound_s,
         "judged": found.judged,
         "plain_codec": plainly(made).problem.knobs[0].name,
         "rules": [asdict(row) for row in rows],
         "run": _run(spec, found.plan),
     }
-    text = [
-        _plan_text(made, found),
-        "",
-        f"makespan {found.makespan_s:.4g} s, {found.makespan_s / bound - 1:.2%} above what no plan"
-        f" can beat ({bound:.4g} s); {found.judged} plans were simulated",
-        "",
-        _rules_text(made, found, rows),
-    ]
+    text = [_plan_text(made, found), "", _rules_text(made, found, rows)]
     if spec.check is not None:
         data["gap"], line = gap(spec.check)
         text += ["", line]
@@ -271,7 +260,11 @@ def _plan_text(made: Case, found: Found) -> str:
         )
         for name, depth in found.plan.depth.items()
     ]
-    return aligned(header, rows)
+    beaten = f"{found.makespan_s / found.bound_s - 1:.2%} above what no plan can beat"
+    return (
+        f"{aligned(header, rows)}\n\nmakespan {found.makespan_s:.4g} s, {beaten} "
+        f"({found.bound_s:.4g} s); {found.judged} plans were simulated"
+    )
 
 
 def _rules_text(made: Case, found: Found, rows: list[Row]) -> str:
@@ -312,8 +305,7 @@ def _write(
                 writer.writerows((bps, row.rule, row.plain_s, row.codec_s, bound) for row in rows)
         yield path
     path = out / f"{name}.json"
-    result = {**data, "environment": environment()}
-    write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
+    write_result(path, data)
     yield path
 
 

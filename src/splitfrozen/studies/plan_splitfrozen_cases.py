@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from splitfrozen import rng
 from splitfrozen.model import costs
-from splitfrozen.model.costs import ModelShape, Tokens
+from splitfrozen.model.costs import FLOAT_BYTES, ModelShape, Tokens
 from splitfrozen.planning.division import owned
 from splitfrozen.planning.makespan import (
     Device,
@@ -36,9 +36,7 @@ from splitfrozen.simulation.network import Link, Machine, Network
 from splitfrozen.simulation.schedules import events
 from splitfrozen.simulation.setting import AHEAD, Setting, Share, Step, Wire
 from splitfrozen.simulation.timeline import Timeline, replay
-
-FLOAT_BYTES = 4
-"""Of a value of a front's weights, and of an activation before its codec."""
+from splitfrozen.simulation.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +121,9 @@ class Case:
 
 
 def _batches(samples: float, batch: int) -> list[float]:
+    """Sizes of the steps of an epoch: at least one, and none that only rounding has left over."""
     full, rest = divmod(samples, batch)
-    return [float(batch)] * int(full) + ([rest] if rest > 1e-9 * batch else [])
+    return [float(batch)] * int(full) + ([rest] if not full or rest > 1e-9 * batch else [])
 
 
 def case(
@@ -140,29 +139,16 @@ def case(
     """
     work, cut = setting.work(), setting.cut
     times = 1 if flow.once else flow.epochs
-    devices = []
-    for party in sorted(parties, key=lambda party: party.id):
-        load = Tokens.uniform(times * party.samples, flow.tokens)
-        depths = range(1, cut + 1)
-        devices.append(
-            Device(
-                id=party.id,
-                flops=party.flops,
-                memory_bytes=party.memory_bytes,
-                samples=load.samples,
-                tokens=load.tokens,
-                front=tuple(work.frozen(n, load, first=True) for n in depths),
-                lift=tuple(work.frozen(cut - n, load, first=False) for n in depths),
-                bps=party.bps,
-            )
-        )
     samples = sum(party.samples for party in parties)
     every = Tokens.uniform(times * samples, flow.tokens)
     above = work.passes(setting.shape.blocks - cut, every, first=False, head=every)
     train = above.forward + above.b + above.w
     sizes = _batches(samples, flow.batch)
     problem = Problem(
-        devices=tuple(devices),
+        devices=tuple(
+            _device(work, cut, party, Tokens.uniform(times * party.samples, flow.tokens))
+            for party in sorted(parties, key=lambda party: party.id)
+        ),
         memory_bytes=memory(setting.shape, cut, flow.tokens),
         server=Server(
             flops=server_flops,
@@ -174,6 +160,21 @@ def case(
         knobs=tuple(knobs),
     )
     return Case(setting, flow, problem)
+
+
+def _device(work: Work, cut: int, party: Party, load: Tokens) -> Device:
+    """As the planner sees it, with so much to send."""
+    depths = range(1, cut + 1)
+    return Device(
+        id=party.id,
+        flops=party.flops,
+        memory_bytes=party.memory_bytes,
+        samples=load.samples,
+        tokens=load.tokens,
+        front=tuple(work.frozen(n, load, first=True) for n in depths),
+        lift=tuple(work.frozen(cut - n, load, first=False) for n in depths),
+        bps=party.bps,
+    )
 
 
 def memory(shape: ModelShape, cut: int, tokens: int) -> tuple[float, ...]:
@@ -326,8 +327,9 @@ def _all_links(problem: Problem) -> Iterator[tuple[tuple[float, ...], tuple[int,
     if isinstance(air, Subchannels):
         rates = np.array(air.bps)
         for owner in itertools.product(range(count), repeat=rates.shape[1]):
-            if len(set(owner)) == count:
-                yield tuple(owned(rates, np.array(owner)).tolist()), owner
+            bps = owned(rates, np.array(owner))
+            if bps.min() > 0:
+                yield tuple(bps.tolist()), owner
     elif isinstance(air, Medium):
         parts = GRID[count]
         for cuts in itertools.combinations(range(1, parts), count - 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from splitfrozen.disk import explained
 
@@ -54,7 +54,13 @@ def draw_curve(
             panels[1][side].plot(rates, more, markersize=3.5, linewidth=1.2, **style)
     bound = [least for _, _, least in points]
     panels[0][1].plot(rates, bound, "--", color="0.5", label="bound")
-    for side, title in enumerate((f"{plain} only", "the codec that the plan chooses")):
+    _frame(panels, (f"{plain} only", "the codec that the plan chooses"))
+    with explained(path):
+        figure.savefig(path, dpi=120)
+
+
+def _frame(panels: Any, titles: tuple[str, str]) -> None:
+    for side, title in enumerate(titles):
         panels[0][side].set_title(title, fontsize=11, parse_math=False)
         panels[0][side].set_yscale("log")
         panels[1][side].set_xscale("log")
@@ -64,8 +70,6 @@ def draw_curve(
     panels[0][0].set_ylabel("makespan, s")
     panels[1][0].set_ylabel("more than the plan, percent")
     panels[0][1].legend(frameon=False)
-    with explained(path):
-        figure.savefig(path, dpi=120)
 
 
 def _seconds(row: Curve, side: int) -> float:

@@ -21,14 +21,17 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from splitfrozen.config import Above0, Natural, Spec, Whole
-from splitfrozen.errors import ConfigError
+from splitfrozen.model.costs import FLOAT_BYTES
 from splitfrozen.planning.makespan import Knob, Medium, Subchannels
 from splitfrozen.simulation.experiment import SHAPES, MachineGroup, MachinePart, named
 from splitfrozen.simulation.setting import Setting
 from splitfrozen.simulation.work import Counting
-from splitfrozen.studies.plan_splitfrozen_cases import FLOAT_BYTES, Case, Flow, Party, case
+from splitfrozen.studies.plan_file import bad
+from splitfrozen.studies.plan_splitfrozen_cases import Case, Flow, Party, case
 
 MEGA = 1e6
+MOST_DEVICES, MOST_SHARES = 1000, 10**6
+"""Of devices, and of devices times steps: some hundred plans are simulated, each to the end."""
 AtMost1 = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -43,7 +46,7 @@ class ModelPart(Spec, frozen=True):
     def __post_init__(self) -> None:
         blocks = SHAPES[self.shape]().blocks
         if self.cut >= blocks:
-            raise _bad(
+            raise bad(
                 "model.cut", self.cut, f"1..{blocks - 1}, as it has {blocks} blocks", "lower it"
             )
 
@@ -80,7 +83,7 @@ class AirPart(Spec, frozen=True):
     subchannel."""
 
     bps: Above0 | None = None
-    rates: tuple[tuple[Annotated[float, Meta(ge=0)], ...], ...] = ()
+    rates: tuple[tuple[Above0, ...], ...] = ()
 
 
 class DeviceGroup(MachineGroup, frozen=True, kw_only=True):
@@ -134,31 +137,39 @@ class PlanFile(Spec, frozen=True):
         for key, names in (("devices", self.devices), ("codecs", self.codecs)):
             twice = {one.name for one in names if [o.name for o in names].count(one.name) > 1}
             if twice:
-                raise _bad(f"{key}.name", f"{min(twice)!r} twice", "each once", "rename one")
+                raise bad(f"{key}.name", f"{min(twice)!r} twice", "each once", "rename one")
         for number, group in enumerate(self.devices):
             if group.paper_depth > self.model.cut:
                 allowed = f"1..{self.model.cut}, the cut"
-                raise _bad(f"devices[{number}].paper_depth", group.paper_depth, allowed, "lower it")
+                raise bad(f"devices[{number}].paper_depth", group.paper_depth, allowed, "lower it")
             if (group.bps is None) == (self.air is None):
                 got = "a rate of its own beside [air]" if self.air else "neither a rate nor [air]"
-                raise _bad(f"devices[{number}].bps", got, "one of the two", "give one of the two")
+                raise bad(f"devices[{number}].bps", got, "one of the two", "give one of the two")
+        self._refuse_endless()
         if self.air is not None:
             _check_air(self.air, sum(group.count for group in self.devices))
         if self.figure is not None and self.air is not None and self.air.rates:
-            raise _bad("figure", "[figure] with subchannels", "links or a medium", "remove it")
+            raise bad("figure", "[figure] with subchannels", "links or a medium", "remove it")
+
+    def _refuse_endless(self) -> None:
+        devices = sum(group.count for group in self.devices)
+        if devices > MOST_DEVICES:
+            raise bad("devices", devices, f"at most {MOST_DEVICES} together", "plan for a part")
+        samples = sum(group.count * group.samples for group in self.devices)
+        steps = max(1.0, samples / self.data.batch_size) * self.data.epochs
+        if devices * steps > MOST_SHARES:
+            got = f"{steps:.3g} steps of {devices} devices"
+            allowed = f"at most {MOST_SHARES:.0e} shares of devices in steps"
+            raise bad("data", got, allowed, "plan for a part of the samples, or larger batches")
 
 
 def _check_air(air: AirPart, devices: int) -> None:
     if (air.bps is None) == (not air.rates):
-        raise _bad("air", "not one of its two keys", "`bps` or `rates`", "give one of the two")
+        raise bad("air", "not one of its two keys", "`bps` or `rates`", "give one of the two")
     widths = {len(row) for row in air.rates}
     if air.rates and (len(air.rates) != devices or len(widths) != 1 or not min(widths)):
         got = f"{len(air.rates)} rows of {sorted(widths)} rates"
-        raise _bad("air.rates", got, f"{devices} rows of one length, one a device", "mend it")
-
-
-def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
-    return ConfigError(f"`{key}` is wrong", got=got, allowed=allowed, remedy=remedy)
+        raise bad("air.rates", got, f"{devices} rows of one length, one a device", "mend it")
 
 
 def case_of(spec: PlanFile) -> Case:
@@ -166,7 +177,6 @@ def case_of(spec: PlanFile) -> Case:
     shape = SHAPES[spec.model.shape]()
     setting = Setting(shape, spec.model.rank, spec.model.cut, counting=spec.model.counting)
     flow = Flow(spec.data.tokens, spec.data.batch_size, spec.data.epochs, spec.data.reuse == "once")
-    groups = list(named(spec.devices))
     parties = [
         Party(
             id=name,
@@ -175,7 +185,7 @@ def case_of(spec: PlanFile) -> Case:
             samples=group.samples,
             bps=group.bps or 1.0,
         )
-        for name, group in groups
+        for name, group in named(spec.devices)
     ]
     knobs = [
         Knob(
@@ -189,14 +199,19 @@ def case_of(spec: PlanFile) -> Case:
         for codec in spec.codecs
     ]
     made = case(setting, flow, parties, spec.server.flops * spec.server.efficiency, knobs)
-    air: Medium | Subchannels | None = None
-    if spec.air is not None and spec.air.bps is not None:
-        air = Medium(spec.air.bps)
-    elif spec.air is not None:
-        order = sorted(range(len(groups)), key=lambda place: groups[place][0])
-        air = Subchannels(tuple(spec.air.rates[place] for place in order))
-    limits = spec.limits
     problem = replace(
-        made.problem, air=air, most_loss=limits.accuracy_loss, least_depth=limits.least_depth
+        made.problem,
+        air=_air(spec),
+        most_loss=spec.limits.accuracy_loss,
+        least_depth=spec.limits.least_depth,
     )
     return replace(made, problem=problem)
+
+
+def _air(spec: PlanFile) -> Medium | Subchannels | None:
+    if spec.air is None:
+        return None
+    if spec.air.bps is not None:
+        return Medium(spec.air.bps)
+    names = [name for name, _ in named(spec.devices)]
+    return Subchannels(tuple(row for _, row in sorted(zip(names, spec.air.rates, strict=True))))
