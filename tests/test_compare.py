@@ -14,12 +14,13 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from splitfrozen import cli, config
 from splitfrozen.config import MethodName
 from splitfrozen.errors import ConfigError, DataError, SplitFrozenError, StoreError
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.studies import compare, findings, grid
+from splitfrozen.studies import compare, findings, grid, plots
 from splitfrozen.studies.cells import (
     Cells,
     Progress,
@@ -31,6 +32,7 @@ from splitfrozen.studies.cells import (
 )
 from splitfrozen.studies.findings import Findings
 from splitfrozen.studies.grid import Cell, Experiment
+from splitfrozen.studies.scores import tradeoff
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -265,6 +267,18 @@ def test_a_misspelt_path_is_told_before_anything_is_trained(folder: Path) -> Non
     for key in ("data.train", "task.eval", "wire.public"):
         with pytest.raises(DataError, match=r"no such data: got none\.jsonl"):
             compare.compare(folder / "small.toml", [f"{key}=none.jsonl"], 1, None)
+    # Of any method, too.
+    changes = 'name = "unshuffled"\nwire = { codec = "ecsq:1", public = "none.jsonl" }'
+    with pytest.raises(DataError, match=r"no such data: got none\.jsonl"):
+        compare.compare(changed(folder, 'name = "unshuffled"', changes), [], 1, None)
+    assert not (folder / "cells").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(folder: Path) -> None:
+    (folder / "file").touch()
+    for out in (folder / "file", folder / "file" / "out"):
+        with pytest.raises(StoreError, match="cannot be used"):
+            compare.compare(folder / "small.toml", [], 1, out)
     assert not (folder / "cells").exists()
 
 
@@ -353,6 +367,22 @@ def test_a_search_that_ends_at_its_border_goes_on(folder: Path) -> None:
     assert list(tuned["fedlora"].tried) == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
     assert list(tuned["centralized"].tried) == [5e-4, 1e-3, 2e-3, 4e-3]
     assert list(tuned["splitfrozen"].tried) == [1e-3, 2e-3, 4e-3]
+
+
+def test_a_search_ends_where_no_rate_gets_anywhere(folder: Path) -> None:
+    @dataclass
+    class Stuck(Fake):
+        """Every rate ends at the majority class; the loss falls with the rate."""
+
+        def __call__(self, cell: Cell, folder: Path) -> Result:
+            found = super().__call__(cell, folder)
+            return structs.replace(found, after={"accuracy": 0.75, "loss": 1 - cell.lr})
+
+    runner = Stuck()
+    found = ran(grid.load(folder / "small.toml", ["tune.extend=2"]), runner)
+    tried = {tuple(tuned.tried) for tuned in found.tuned.values()}
+    assert tried == {(1e-3, 2e-3, 4e-3)}
+    assert {tuned.lr for tuned in found.tuned.values()} == {4e-3}
 
 
 def test_rates_are_chosen_on_training_rows_that_were_not_trained_on(folder: Path) -> None:
@@ -452,7 +482,14 @@ def test_a_damaged_cell_is_trained_again(folder: Path) -> None:
     experiment = grid.load(folder / "small.toml")
     ran(experiment, Fake())
     damaged, *_ = sorted((folder / "cells").glob("*.json"))
-    for text in (damaged.read_bytes()[:40], b"[" * 100_000, b'{"result": {"before": 3}}'):
+    for text in (
+        damaged.read_bytes()[:40],
+        b"[" * 100_000,
+        b'{"result": {"before": 3}}',
+        b'{"result": {"after": {"accuracy": NaN, "loss": 1}}}',
+        b'{"result": {"after": {"loss": Infinity}}}',
+        b'{"result": {"after": {"loss": 1}, "bytes": -1}}',
+    ):
         damaged.write_bytes(text)
         again = Fake()
         ran(experiment, again)
@@ -745,6 +782,29 @@ def test_nothing_is_written_where_nothing_was_trained(folder: Path) -> None:
     assert set(found.failures.values()) >= {"all trials of learning rates failed, see above"}
     assert findings.report(found)["rows"] == []
     assert not out.exists()
+
+
+def test_what_sends_nothing_that_is_counted_is_no_measure_of_what_others_send() -> None:
+    named = {"dataset": "d", "partition": "iid", "rank": 8, "seed": 0}
+    scores = {"accuracy": 0.5, "exact_match": None, "perplexity": None}
+    sent = {"centralized": 0, "earlier": None, "float32": 100, "int8": 25}
+    rows = [{**named, **scores, "method": name, "bytes": size} for name, size in sent.items()]
+    found = tradeoff(rows)
+    assert {one["method"]: one["times_less"] for one in found} == {"float32": 1.0, "int8": 4.0}
+    assert [one["method"] for one in found if one["on_front"]] == ["int8"]
+
+
+def test_there_may_be_more_partitions_or_ranks_than_colours(tmp_path: Path) -> None:
+    many = 2 * len(plots.COLOURS)
+    named = {"dataset": "d", "rank": 8, "method": "m", "seed": 0}
+    row = {**named, "accuracy": 0.5, "exact_match": None, "perplexity": None}
+    rows = [{**row, "partition": f"{i}"} for i in range(many)]
+    gain = {"dataset": "d", "over_splitlora_percent": 1.0}
+    each = [{**gain, "partition": f"{i % 3}", "rank": i} for i in range(many)]
+    for found in ([], each):
+        path = tmp_path / f"{len(found)}.png"
+        plots.draw({"rows": rows, "gains": {"each": found}, "labels": {"m": "M"}}, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("key", ["ranks", "seeds"])

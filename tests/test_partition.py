@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,6 +120,26 @@ def test_same_seed_same_split_other_seed_another() -> None:
     assert first != text(dirichlet(LABELS, 10, 0.5, 2))
     drawn = text(quantity(100, 7, 0.5, 1))
     assert drawn == text(quantity(100, 7, 0.5, 1)) != text(quantity(100, 7, 0.5, 2))
+
+
+def test_shares_do_not_depend_on_how_many_rows_there_are() -> None:
+    labels = np.arange(4000) % 2
+    some = np.arange(0, 4000, 5)
+    for split in (partial(dirichlet, alpha=0.3), partial(_by_count, alpha=0.3)):
+        whole = shares(split(labels, parts=5, seed=3), labels)
+        part = shares(split(labels[some], parts=5, seed=3), labels[some])
+        assert np.abs(whole - part).max() < 0.03
+        assert whole.max() > 0.4
+
+
+def _by_count(labels: Ints, *, parts: int, alpha: float, seed: int) -> list[Ints]:
+    return quantity(len(labels), parts, alpha, seed)
+
+
+def shares(split: list[Ints], labels: Ints) -> npt.NDArray[np.float64]:
+    """[parts, classes]: which share of a class a part holds."""
+    held = np.array([np.bincount(labels[part], minlength=2) for part in split])
+    return held / np.bincount(labels)
 
 
 def test_skew_grows_as_alpha_falls() -> None:

@@ -148,3 +148,26 @@ def test_public_rows_that_cannot_be_used_are_told(folder: Path) -> None:
     write_rows(folder / "empty.csv", 1, 0, ("text",))
     with pytest.raises(DataError, match=r"wire\.public"):
         train(path)
+
+
+@pytest.mark.parametrize("text", ["text\na\n", "text\n" + "the mill\n" * 200])
+def test_too_few_public_rows_to_fit_to_are_refused(folder: Path, text: str) -> None:
+    path = write_run(folder, "ecsq:0.5", "few")
+    path.write_text(path.read_text().replace("public.csv", "few.csv"))
+    (folder / "few.csv").write_text(text)
+    with pytest.raises(DataError, match=r"too few rows: got \d+ tokens in 1 different rows"):
+        train(path)
+
+
+def test_a_run_that_was_refused_begins_once_its_rows_are_mended(folder: Path) -> None:
+    path = write_run(folder, "ecsq:0.5", "mended")
+    path.write_text(path.read_text().replace("public.csv", "mended.csv"))
+    (folder / "mended.csv").write_text("text\n")
+    with pytest.raises(DataError):
+        train(path)
+    (folder / "mended.csv").write_bytes((folder / "public.csv").read_bytes())
+    train(path)
+    one, other = (RunFolder(folder / name).prepared() for name in ("coded", "mended"))
+    assert one is not None
+    assert other is not None
+    assert one.sides == other.sides

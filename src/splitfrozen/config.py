@@ -148,9 +148,10 @@ class WireSpec(Spec, frozen=True):
     chunk_bytes: Annotated[int, Meta(ge=64 * 1024, le=32 * 1024 * 1024)] = 4 * 1024 * 1024
 
     def __post_init__(self) -> None:
-        needs = _needs_side("wire.codec", self.name)
+        needs = _needs_side("wire.codec", self.codec)
         if "@" in self.codec:
             raise _bad("wire.codec", repr(self.codec), "a name without @", "leave the rest out")
+        self._refuse_twice_compressed()
         if needs and self.public is None:
             raise _bad(
                 "wire.public",
@@ -158,6 +159,19 @@ class WireSpec(Spec, frozen=True):
                 f"a file of rows with {self.codec}",
                 "name rows like those of the task that every device may know, or take a codec "
                 "without side data",
+            )
+
+    def _refuse_twice_compressed(self) -> None:
+        """What names its compression has it; what codes by itself leaves nothing for one."""
+        named = "+" in self.codec
+        none_to_add = named or not compressible(self.codec)
+        if none_to_add and self.compression in ("zlib", "zstd", *(["none"] if named else [])):
+            raise _bad(
+                "wire.compression",
+                f'"{self.compression}" with {self.codec}',
+                '"auto" with a codec that names its compression, "auto" or "none" with one that '
+                "codes by itself",
+                "leave it out",
             )
 
     @property
@@ -400,14 +414,23 @@ def convert(
     `document` lists the keys.
     """
     _refuse_unknown(table, kind, "")
-    _refuse_infinite(table, "")
+    _refuse_infinite(table, "", document)
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         what, _, where = str(error).partition(" - at `$")
-        key = where.rstrip("`").lstrip(".") or "the file"
+        key = where.rstrip("`").lstrip(".")
+        if missing := re.fullmatch(r"Object missing required field `(.+)`", what):
+            key = f"{key}.{missing[1]}".lstrip(".")
+            raise ConfigError(
+                f"`{key}` is missing",
+                got="nothing",
+                allowed=_choices(kind, key) or "a value",
+                remedy=f"add it: see {document}",
+            ) from error
+        key = key or "the file"
         raise ConfigError(
             f"`{key}` is wrong",
             got=_shortly(_lookup(table, key)),
@@ -463,7 +486,12 @@ def _choices(kind: type[Spec], key: str) -> str:
             hints = [get_type_hints(table) for one in several for table in _specs(one)]
             inner = [known[part] for known in hints if part in known]
         several = tuple(each for one in inner for each in _either(one))
-    words = [f'"{word}"' for one in several if get_origin(one) is Literal for word in get_args(one)]
+    words = [
+        f'"{word}"' if isinstance(word, str) else str(word)
+        for one in several
+        if get_origin(one) is Literal
+        for word in get_args(one)
+    ]
     lists = ["a list"] if words and any(get_origin(one) is tuple for one in several) else []
     return ", ".join(words + lists)
 
@@ -473,15 +501,16 @@ def _either(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _refuse_infinite(table: dict[str, Any], prefix: str) -> None:
+def _refuse_infinite(table: dict[str, Any], prefix: str, document: str) -> None:
     """TOML has inf and nan; JSON, which keeps the config, has not."""
     for key, value in table.items():
         if isinstance(value, dict):
-            _refuse_infinite(value, f"{prefix}{key}.")
+            _refuse_infinite(value, f"{prefix}{key}.", document)
         elif isinstance(value, list):
-            _refuse_infinite({f"{key}[{i}]": item for i, item in enumerate(value)}, prefix)
+            items = {f"{key}[{i}]": item for i, item in enumerate(value)}
+            _refuse_infinite(items, prefix, document)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise _bad(prefix + key, value, "a finite number", "see docs/configuration.md")
+            raise _bad(prefix + key, value, "a finite number", f"see {document}")
 
 
 def _refuse_no_path(table: dict[str, Any], section: str, key: str) -> None:

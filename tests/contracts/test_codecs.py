@@ -354,7 +354,12 @@ def test_int4_rounds_to_half_a_step_of_its_group():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("float16+gzip", "float16+zlib"), ("int9", "int8"), ("topk:0.2:8+zstd", "topk:0.2:8")],
+    [
+        *(("float16+gzip", "float16+zlib"), ("int9", "int8"), ("topk:0.2:8+zstd", "topk:0.2:8")),
+        # Numbers in another spelling: no other number is meant.
+        *(("ecsq:2.50", "ecsq:2.5"), ("topk:.3:08:token", "topk:0.3:8:token")),
+        *(("int4:0128", "int4:128"), ("topk:0.1234567:8", "topk:0.123457:8")),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(name: str, near: str):
     with pytest.raises(WireError) as caught:

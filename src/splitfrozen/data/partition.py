@@ -5,6 +5,9 @@
     quantity    quantity skew: parts of unequal sizes, each of them IID
     by_value    one part for each value of a column
 
+Shares are drawn before anything else, so that some of the rows are split with the same seed as
+unequally as all of them: what is tuned on a few says something about the whole.
+
 Every index is in exactly one part, no part is empty, and each part is sorted.
 """
 
@@ -47,10 +50,11 @@ def dirichlet(labels: Sequence[int] | Ints, parts: int, alpha: float, seed: int)
     _check(len(classes), parts)
     _check_alpha(alpha)
     source = stream(seed, "partition", "dirichlet")
+    found = np.unique(classes)
     held: list[list[int]] = [[] for _ in range(parts)]
-    for label in np.unique(classes):
+    for label, shares in zip(found, _shares(source, len(found), parts, alpha), strict=True):
         members = source.permutation(np.flatnonzero(classes == label))
-        for part, taken in zip(held, _shared_out(members, parts, alpha, source), strict=True):
+        for part, taken in zip(held, _shared_out(members, shares), strict=True):
             part.extend(taken.tolist())
     return _none_empty(held)
 
@@ -66,8 +70,8 @@ def quantity(count: int, parts: int, alpha: float, seed: int) -> list[Ints]:
     _check(count, parts)
     _check_alpha(alpha)
     source = stream(seed, "partition", "quantity")
-    members = source.permutation(count)
-    held = [taken.tolist() for taken in _shared_out(members, parts, alpha, source)]
+    [shares] = _shares(source, 1, parts, alpha)
+    held = [taken.tolist() for taken in _shared_out(source.permutation(count), shares)]
     return _none_empty(held)
 
 
@@ -79,11 +83,17 @@ def by_value(values: Sequence[str]) -> dict[str, Ints]:
     return {value: np.array(part, np.int32) for value, part in held.items()}
 
 
+def _shares(
+    source: np.random.Generator, count: int, parts: int, alpha: float
+) -> npt.NDArray[np.float64]:
+    """[count, parts] drawn from Dir(alpha)."""
+    return source.dirichlet(np.full(parts, min(alpha, EQUAL)), count)
+
+
 def _shared_out(
-    members: npt.NDArray[np.int64], parts: int, alpha: float, source: np.random.Generator
+    members: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]
 ) -> list[npt.NDArray[np.int64]]:
-    """Cut `members` into consecutive pieces, their sizes drawn from Dir(alpha)."""
-    shares = source.dirichlet(np.full(parts, min(alpha, EQUAL)))
+    """Cut `members` into consecutive pieces of these shares."""
     cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
     return np.split(members, cuts)
 

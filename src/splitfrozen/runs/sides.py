@@ -6,6 +6,7 @@ holds means, directions and scales of activations, no sample.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -46,12 +47,13 @@ def fit_sides(
         By depth: the file, and the mean bytes of a token encoded with it; both empty for a codec
         that needs nothing.
 
-    Raises DataError where `wire.public` cannot be read or has no good row, StoreError.
+    Raises DataError where `wire.public` cannot be read or has too few good rows, StoreError.
     """
     name = config.wire.name
     if not needs_side(name):
         return {}, {}
     samples = _public_samples(config, task, tokenizer)
+    _refuse_too_few(samples, sliced.width, config.wire.public)
     files: dict[int, FileRef] = {}
     rates: dict[int, float] = {}
     for depth in depths:
@@ -89,6 +91,24 @@ def _public_samples(config: Config, task: TaskSpec, tokenizer: Tokenizer | None)
             remedy="mend the rows that were reported",
         )
     return samples
+
+
+def _refuse_too_few(samples: Sequence[Sample], width: int, source: str | None) -> None:
+    """Fewer tokens than channels leave directions unseen, and what lies there would not be sent."""
+    different = {_digest(sample): sample.length for sample in samples}
+    tokens = sum(different.values())
+    if tokens < width:
+        raise DataError(
+            "`wire.public` has too few rows",
+            got=f"{tokens} tokens in {len(different)} different rows of {source}",
+            allowed=f"{width} tokens or more, the model's width; 100 rows or more are usual",
+            remedy="add rows",
+        )
+
+
+def _digest(sample: Sample) -> bytes:
+    values = sample.tokens if sample.pixels is None else sample.pixels
+    return hashlib.sha256(values.tobytes()).digest()
 
 
 def _computed(

@@ -22,9 +22,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Annotated, Any, NoReturn, Protocol
 
 import msgspec
+from msgspec import Meta
 from tqdm import tqdm
 
 from splitfrozen.config import Config
@@ -61,7 +62,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     seconds: float = 0.0
-    bytes: int | None = None
+    bytes: Annotated[int, Meta(ge=0)] | None = None
     evaluations: tuple[dict[str, float], ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
     answers: tuple[str, ...] = ()
@@ -208,12 +209,17 @@ class Cells:
     def _read(self, key: str) -> Result | None:
         """The finished cell, or None; a damaged file is as good as none."""
         try:
-            kept = json.loads(self._path(key).read_bytes())
+            kept = json.loads(self._path(key).read_bytes(), parse_constant=_refuse_no_number)
             result = msgspec.convert(kept["result"], Result)
             self.codes.add(str(kept.get("code", "unknown")))
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return result
+
+
+def _refuse_no_number(text: str) -> NoReturn:
+    """NaN and infinity are in no cell, and no mean or picture can be made of them."""
+    raise ValueError(text)
 
 
 def size(cell: Cell) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import msgspec
 
@@ -37,6 +38,8 @@ from splitfrozen.studies.grid import Choice, Experiment, Group, Split
 log = logging.getLogger("splitfrozen.compare")
 
 _COLUMN = "data.column"
+EQUALS = 1e-5
+"""Scores that differ by less do so by the loss among equal accuracies."""
 
 
 def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path | None) -> Outcome:
@@ -51,12 +54,15 @@ def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path |
     Raises:
         ConfigError: the file, or a setting.
         DataError: rows that cannot be read.
-        StoreError: another `compare` is at work in the folder, or the disk refuses.
+        StoreError: another `compare` is at work in the folder, `out` cannot be written, or the disk
+            refuses.
     """
     experiment = grid.load(source, settings)
     if jobs is not None and jobs < 1:
         raise ConfigError("`--jobs` is wrong", got=jobs, allowed="1 or more", remedy="leave it out")
     _refuse_no_file(experiment)
+    if out is not None:
+        _refuse_no_folder(out)
     with locked(experiment.folder), _ended_by_sigterm():
         runner = Subprocesses(experiment.folder)
         found = run(experiment, runner, jobs or _cores())
@@ -146,9 +152,16 @@ class _Search:
         return max(good, key=lambda lr: (good[lr], -lr), default=None)
 
     def beyond(self, rates: Sequence[float]) -> list[float]:
-        """The next rate where the best one is the first or last; the step is that of `rates`."""
+        """The next rate where the best one is the first or last; the step is that of `rates`.
+
+        None where another is as good but for what decides between equals: it would go on for
+        nothing where no rate gets anywhere.
+        """
         best = self.best()
         if best is None or min(self.tried) < best < max(self.tried):
+            return []
+        good = sorted((score for score in self.tried.values() if score is not None), reverse=True)
+        if len(good) > 1 and good[0] - good[1] < EQUALS:
             return []
         high = best == max(self.tried)
         return [_rounded(best * (rates[-1] / rates[-2] if high else rates[0] / rates[1]))]
@@ -230,10 +243,19 @@ def _hold_out(experiment: Experiment, dataset: Choice) -> Split:
 
 def _refuse_no_file(experiment: Experiment) -> None:
     """A misspelt path is told before anything is trained. Raises DataError."""
-    for dataset in experiment.datasets:
-        made = _config(experiment, dataset)
+    sources: dict[str | None, None] = {}
+    for group in experiment.groups():
+        made = experiment.config(group)
         assert made.data is not None
-        refuse_missing(made.data.train, made.task.eval, made.wire.public)
+        sources |= dict.fromkeys((made.data.train, made.task.eval, made.wire.public))
+    refuse_missing(*sources)
+
+
+def _refuse_no_folder(out: Path) -> None:
+    """A place where nothing can be written is told, too. Raises StoreError."""
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
 
 
 def _config(experiment: Experiment, dataset: Choice) -> Config:

@@ -151,7 +151,9 @@ def _draw_panel(
             if not seeds:
                 continue
             at = place + (i - (len(partitions) - 1) / 2) * thick
-            panel.barh(at, fmean(seeds), thick * 0.92, color=COLOURS[i], label=partition)
+            panel.barh(
+                at, fmean(seeds), thick * 0.92, color=COLOURS[i % len(COLOURS)], label=partition
+            )
             panel.plot(seeds, [at] * len(seeds), "o", color="black", markersize=2.5)
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.25)
@@ -189,7 +191,9 @@ def _draw_gains(gained: Sequence[Mapping[str, Any]], path: Path) -> None:
                 if name in own
             ]
             xs, heights = zip(*places, strict=True) if places else ((), ())
-            bars = panel.bar(xs, heights, thick * 0.92, color=COLOURS[i], label=f"rank {rank}")
+            bars = panel.bar(
+                xs, heights, thick * 0.92, color=COLOURS[i % len(COLOURS)], label=f"rank {rank}"
+            )
             panel.bar_label(bars, fmt="%+.1f", fontsize=8, padding=2)
         panel.axhline(0, color="0.3", linewidth=0.8)
         panel.set_xticks(range(len(partitions)), partitions, parse_math=False)

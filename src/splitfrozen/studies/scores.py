@@ -50,7 +50,9 @@ def means(rows: Iterable[Row], measure: str) -> dict[Place, float]:
 
 
 def tradeoff(rows: Sequence[Row]) -> list[Row]:
-    """What was sent against how well it was learnt, for all methods whose bytes are known.
+    """What was sent against how well it was learnt, for all methods whose bytes were counted.
+
+    They are not in cells of an earlier version, nor with centralised training: 0 is of neither.
 
     A method is on the Pareto front of its dataset, partition and rank where no other sends as few
     bytes and scores as well, one of the two better.
@@ -65,7 +67,7 @@ def tradeoff(rows: Sequence[Row]) -> list[Row]:
     places: dict[tuple[str, str, int], list[Row]] = {}
     for (dataset, partition, rank, method), score in scores.items():
         size = sent.get((dataset, partition, rank, method))
-        if size is not None:
+        if size:
             named = {"dataset": dataset, "partition": partition, "rank": rank, "method": method}
             own = places.setdefault((dataset, partition, rank), [])
             own.append({**named, "bytes": size, measure: score})
@@ -73,7 +75,7 @@ def tradeoff(rows: Sequence[Row]) -> list[Row]:
         points = {(one["bytes"], -sign * one[measure]) for one in own}
         for one in own:
             at = (one["bytes"], -sign * one[measure])
-            one["times_less"] = own[0]["bytes"] / max(1, one["bytes"])
+            one["times_less"] = own[0]["bytes"] / one["bytes"]
             one["on_front"] = not any(_beats(other, at) for other in points)
     return [one for own in places.values() for one in own]
 

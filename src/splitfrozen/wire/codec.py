@@ -18,6 +18,7 @@ stream of bits that is not what it should be is a WireError, found before memory
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -139,18 +140,12 @@ def codec(name: str, side: Side | None = None) -> TensorCodec:
 @lru_cache(maxsize=256)
 def _spelt(name: str) -> Format | _Unfitted:
     """What a name spells. Raises WireError."""
-    base, plus, method = name.partition("+")
-    sized = _sized(base)
-    found: Format | _Unfitted | None = None
-    if sized is not None and not plus:
-        found = Fixed(sized)
-    elif sized is not None and method in entropy.METHODS:
-        found = Compressed(sized, method)
-    elif not plus:
-        found = _coded(name)
-    if found is None or len(name) > MAX_NAME:
+    found = _parsed(name)
+    if found is None:
         examples = (*CODECS, "int4:64", "topk:0.2:8", "ecsq:1.5")
-        near = difflib.get_close_matches(name, examples, n=1)
+        # Another number than the one that was meant is no help.
+        meant = _respelt(name)
+        near = [meant] if _parsed(meant) else difflib.get_close_matches(name, examples, n=1)
         raise WireError(
             "there is no such codec",
             got=repr(name[:100]),
@@ -158,6 +153,28 @@ def _spelt(name: str) -> Format | _Unfitted:
             remedy=f"did you mean {near[0]}?" if near else "choose one of these",
         )
     return found
+
+
+def _parsed(name: str) -> Format | _Unfitted | None:
+    """What a name spells, or None."""
+    if len(name) > MAX_NAME:
+        return None
+    base, plus, method = name.partition("+")
+    sized = _sized(base)
+    if sized is not None and not plus:
+        return Fixed(sized)
+    if sized is not None and method in entropy.METHODS:
+        return Compressed(sized, method)
+    return None if plus else _coded(name)
+
+
+def _respelt(name: str) -> str:
+    """The name with its numbers in their one spelling."""
+    parts = name.split(":")
+    for place, part in enumerate(parts):
+        with suppress(ValueError):
+            parts[place] = f"{float(part):g}"
+    return ":".join(parts)
 
 
 def _sized(name: str) -> Sized | None:
