@@ -64,6 +64,7 @@ def test_a_plan_is_written_into_a_copy_of_a_run(tmp_path: Path) -> None:
     depths = tuple(data["plan"]["depth"].values())
     assert made.devices.depth == depths
     assert (made.devices.count, made.model.cut, made.wire.codec) == (2, 3, "int8")
+    assert (made.method.name, made.lora.rank) == ("splitfrozen", 4)
     assert made.devices.patience_s == 30.0
     assert made.train == base.train
     assert run.read_text() == RUN
@@ -105,7 +106,7 @@ def test_a_run_that_is_none_is_refused_before_it_is_planned(tmp_path: Path) -> N
         (("lr = 1e-4", "lr = 0.0"), "`train.lr` is wrong"),
     ],
 )
-def test_a_run_that_the_plan_does_not_fit_costs_no_plan(
+def test_a_run_that_is_wrong_is_told_before_it_is_planned(
     tmp_path: Path, change: tuple[str, str], said: str
 ) -> None:
     """`devices` has to stand before the tables that TOML would put it in."""
@@ -115,8 +116,23 @@ def test_a_run_that_the_plan_does_not_fit_costs_no_plan(
     network, run = files(tmp_path, run=text)
     with pytest.raises(ConfigError, match=said):
         plan(network, run, tmp_path / "out")
-    assert (tmp_path / "out" / "network.json").is_file()
-    assert not (tmp_path / "out" / "run.toml").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_runs_own_file_is_not_replaced(tmp_path: Path) -> None:
+    network, run = files(tmp_path)
+    with pytest.raises(ConfigError, match="would replace the run's own file"):
+        plan(network, run, tmp_path)
+    assert run.read_text() == RUN
+
+
+def test_the_copys_folder_is_what_its_own_file_says(tmp_path: Path) -> None:
+    network, run = files(tmp_path)
+    plan(network, run, tmp_path / "out")
+    assert config.load(tmp_path / "out" / "run.toml").folder == config.load(run).folder
+    network, run = files(tmp_path, run=RUN + '[run]\nfolder = "mine"\n')
+    plan(network, run, tmp_path / "out")
+    assert config.load(tmp_path / "out" / "run.toml").folder == tmp_path / "mine"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

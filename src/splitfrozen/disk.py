@@ -82,6 +82,13 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where files will be written, and try it. Raises StoreError."""
+    with explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+
+
 def disk_full(path: Path) -> DiskFullError:
     """The error for a disk on which `path` finds no space."""
     return DiskFullError(

@@ -43,7 +43,7 @@ NO_SPACE = 4
 """Exit code of a worker that found the disk full; calling it again, later, continues."""
 LONGEST_NAME = 100
 """Every frame carries the run's name, and its header bounds it."""
-MOVABLE = {("model", "name"), ("task", "eval"), ("data", "train")}
+MOVABLE = {("model", "name"), ("task", "eval"), ("data", "train"), ("wire", "public")}
 """Paths that may change with the project's folder: the content of what is there is compared."""
 
 MEASURED = ("metrics.jsonl", "curves.png", "events.jsonl")

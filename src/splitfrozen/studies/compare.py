@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import msgspec
 
@@ -26,7 +25,7 @@ from splitfrozen import rng
 from splitfrozen.config import Config
 from splitfrozen.data.readers import read_rows, refuse_missing
 from splitfrozen.data.tasks import COLUMNS
-from splitfrozen.disk import explained, write_whole
+from splitfrozen.disk import explained, make_folder, write_whole
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Outcome
 from splitfrozen.studies import findings, grid, plots
@@ -62,7 +61,7 @@ def compare(source: Path, settings: Sequence[str], jobs: int | None, out: Path |
         raise ConfigError("`--jobs` is wrong", got=jobs, allowed="1 or more", remedy="leave it out")
     _refuse_no_file(experiment)
     if out is not None:
-        _refuse_no_folder(out)
+        make_folder(out)  # A place where nothing can be written is told before hours of training.
     with locked(experiment.folder), _ended_by_sigterm():
         runner = Subprocesses(experiment.folder)
         found = run(experiment, runner, jobs or _cores())
@@ -249,13 +248,6 @@ def _refuse_no_file(experiment: Experiment) -> None:
         assert made.data is not None
         sources |= dict.fromkeys((made.data.train, made.task.eval, made.wire.public))
     refuse_missing(*sources)
-
-
-def _refuse_no_folder(out: Path) -> None:
-    """A place where nothing can be written is told, too. Raises StoreError."""
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out).close()
 
 
 def _config(experiment: Experiment, dataset: Choice) -> Config:

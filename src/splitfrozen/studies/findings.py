@@ -40,7 +40,7 @@ COLUMNS = (
 """Of a row: what `train` measured after the last epoch, None where the task has no such measure;
 `bytes` that crossed the network."""
 
-SENT = "MB sent (times less than the first method; * nothing sends less and scores as well)"
+SENT = "MB sent (times less than the first of the column; * nothing sends less and scores as well)"
 
 GAINS = (
     "over_baselines_percent",

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from splitfrozen.config import complete, read_toml
-from splitfrozen.disk import explained, write_whole
+from splitfrozen.disk import explained, make_folder, write_whole
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Outcome
 from splitfrozen.studies import plan_fedsllm, plan_sft, plan_splitfrozen
@@ -35,7 +37,7 @@ def plan(source: Path, run: Path | None, out: Path | None) -> Outcome:
         out: folder for that, and for figures and their data.
 
     Raises:
-        ConfigError: a file; or a run without a folder for its copy.
+        ConfigError: a file; or a run without a folder of its own for its copy.
         PlanError: nothing satisfies the constraints; the message names one, and the least change.
         StoreError: the disk refuses.
     """
@@ -48,32 +50,51 @@ def plan(source: Path, run: Path | None, out: Path | None) -> Outcome:
             allowed=", ".join(SYSTEMS),
             remedy='say whose problem it is, as in system = "splitfrozen"',
         )
-    if run is not None and out is None:
+    target = None if run is None else _target(run, out)
+    if out is not None:
+        make_folder(out)
+    found = SYSTEMS[system](source, table, out)
+    if run is None or target is None:
+        return found
+    changes = found.data["run"]
+    assert isinstance(changes, dict)
+    _write_run(run, changes, target)
+    return Outcome(found.data, f"{found.text}\nwrote {target}")
+
+
+def _target(run: Path, out: Path | None) -> Path:
+    """Where the run's copy goes; what is wrong with either is told before anything is solved.
+
+    Raises ConfigError.
+    """
+    if out is None:
         raise ConfigError(
             "`--run` needs `--out`",
             got="no folder for the run's file",
             allowed="--run RUN.toml --out FOLDER",
             remedy="name a folder",
         )
-    base = None if run is None else read_toml(run)
-    found = SYSTEMS[system](source, table, out)
-    if run is None or base is None or out is None:
-        return found
-    changes = found.data["run"]
-    assert isinstance(changes, dict)
-    path = out / "run.toml"
-    _write_run(run, base, changes, path)
-    return Outcome(found.data, f"{found.text}\nwrote {path}")
+    complete(read_toml(run), run)
+    target = out / "run.toml"
+    if target.resolve() == run.resolve():
+        raise ConfigError(
+            "`--out` would replace the run's own file",
+            got=str(target),
+            allowed="another folder than that of --run",
+            remedy="name a new folder",
+        )
+    return target
 
 
-def _write_run(
-    run: Path, base: dict[str, Any], changes: Mapping[str, Mapping[str, Any]], path: Path
-) -> None:
+def _write_run(run: Path, changes: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A run's file with changes. Raises ConfigError where they do not fit the run."""
+    table = read_toml(run)
     for section, values in changes.items():
-        if isinstance(own := base.setdefault(section, {}), dict):  # Else it is refused below.
-            own.update(values)
-    made = complete(base, run)
+        table.setdefault(section, {}).update(values)
+    named = "folder" in table.get("run", {})
+    made = complete(table, run)
+    if not named:
+        # The default is another for another file.
+        made = structs.replace(made, run=structs.replace(made.run, folder=None))
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, to_toml(made).encode())

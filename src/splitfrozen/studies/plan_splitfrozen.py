@@ -179,6 +179,8 @@ def _run(spec: PlanFile, chosen: Plan) -> dict[str, object]:
     depths = list(chosen.depth.values())
     return {
         "model": {"cut": spec.model.cut},
+        "lora": {"rank": spec.model.rank},
+        "method": {"name": "splitfrozen"},
         "devices": {"count": len(depths), "depth": depths},
         "wire": {"codec": chosen.codec},
     }
