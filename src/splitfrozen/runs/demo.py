@@ -1,7 +1,7 @@
 """`splitfrozen demo`: a server and ten devices on this machine, as real processes over HTTPS.
 
 The model is the small GPT-2 that the package carries; the task asks what has to be done after a
-report in its language (see data/village.py). Labels are skewed over the devices (Dirichlet 0.1)
+report in its language (see data/village.py). Labels are skewed over the devices (Dirichlet 0.2)
 and depths are unequal: three devices run one block, seven run three.
 """
 
@@ -23,7 +23,7 @@ from splitfrozen.runs import summary
 from splitfrozen.runs.local import run_locally
 
 DEPTHS = (1, 1, 1, 3, 3, 3, 3, 3, 3, 3)
-ALPHA = 0.1
+ALPHA = 0.2
 TRAIN_ROWS = 1200
 EVAL_ROWS = 400
 
