@@ -350,6 +350,7 @@ def test_rounds_are_read_from_a_file(tmp_path: Path) -> None:
         (None, "No such file"),
         ("{", "rounds.json"),
         ('{"rounds": {"1": 0}}', "rounds.json"),
+        ('{"rounds": {"1": 1e308}}', "rounds.json"),
         ('{"rounds": {"1": 5, "2": 4, "4": 3, "8": 2}}', "none for rank 6"),
         ('{"x": ' + "[" * 100_000, "rounds.json"),
     ],

@@ -34,7 +34,7 @@ from splitfrozen.model.costs import HeadMap, ModelShape, Tokens
 from splitfrozen.planning.channel import Doubles, Link, path_gains, positions, watts
 from splitfrozen.planning.fedsllm import Problem, Workload
 from splitfrozen.simulation.experiment import SHAPES
-from splitfrozen.studies.plan_file import bad
+from splitfrozen.studies.plan_file import MOST, bad
 
 FAINTEST = 3e-6
 """Of a signal, over the noise: beside the 1 of log2(1 + SNR), weaker ones are lost in rounding."""
@@ -194,7 +194,7 @@ def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
 class _Measured(msgspec.Struct):
     """What is read of the file that scripts/measure_rounds.py writes."""
 
-    rounds: dict[str, Above0]
+    rounds: dict[str, Annotated[float, Meta(gt=0, le=MOST)]]
 
 
 def _read(path: Path) -> dict[str, float]:
