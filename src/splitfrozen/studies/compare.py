@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 from collections import Counter
@@ -29,7 +30,7 @@ from splitfrozen.disk import explained, make_folder, write_whole
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Outcome
 from splitfrozen.studies import findings, grid, plots
-from splitfrozen.studies.cells import Cells, Progress, Runner, Subprocesses, locked, size
+from splitfrozen.studies.cells import Cells, Progress, Result, Runner, Subprocesses, locked, size
 from splitfrozen.studies.environment import environment
 from splitfrozen.studies.findings import Findings, Trained, Tuned
 from splitfrozen.studies.grid import Choice, Experiment, Group, Split
@@ -139,16 +140,33 @@ def write(found: Findings, data: Mapping[str, object], out: Path) -> list[Path]:
 
 @dataclass
 class _Search:
-    """The rates that a group tried and is to try."""
+    """The rates that a group tried and is to try; `rows` is what a trial was measured on."""
 
     group: Group
+    rows: int
     todo: list[float]
-    tried: dict[float, float | None] = field(default_factory=dict)
+    results: dict[float, Result] = field(default_factory=dict)
+
+    @property
+    def tried(self) -> dict[float, float | None]:
+        """Score by rate, in order; None where training diverged."""
+        return {lr: result.score for lr, result in sorted(self.results.items())}
 
     def best(self) -> float | None:
-        """The rate with the highest score, the lower one among equals; None where none worked."""
+        """The rate to take; None where none worked.
+
+        Accuracy on a few hundred rows is coarse, and the rate that is best by one row may be at the
+        edge of what training bears. So of all whose accuracy is within one standard error of the
+        best, the one with the least loss is taken; without an accuracy, the least loss of all.
+        """
         good = {lr: score for lr, score in self.tried.items() if score is not None}
-        return max(good, key=lambda lr: (good[lr], -lr), default=None)
+        if not good:
+            return None
+        top = max(good.values())
+        share = min(max(top, 0.0), 1.0)
+        error = math.sqrt(share * (1 - share) / self.rows)
+        near = [lr for lr, score in good.items() if score >= top - error]
+        return min(near, key=lambda lr: (self.results[lr].after["loss"], lr))
 
     def beyond(self, rates: Sequence[float]) -> list[float]:
         """The next rate where the best one is the first or last; the step is that of `rates`.
@@ -174,7 +192,11 @@ def _tune(
     if not tune.needed:
         return {_names(group): Tuned(tune.rates[0], {}) for group in experiment.groups()}
     groups = experiment.groups()
-    searches = [_Search(one, list(tune.rates)) for one in groups if one.method.rate_of is None]
+    searches = [
+        _Search(one, tune.held_out, list(tune.rates))
+        for one in groups
+        if one.method.rate_of is None
+    ]
     final = {c.key: c for one in groups for c in experiment.cells(one, tune.rates[0])}
     later = sum(size(cell) for cell in final.values())
     for _ in range(1 + tune.extend):
@@ -186,10 +208,10 @@ def _tune(
         results = cells.finish([cell for _, _, cell in planned], later)
         for search, lr, cell in planned:
             if cell.key in results:
-                search.tried[lr] = results[cell.key].score
+                search.results[lr] = results[cell.key]
         for search in searches:
             search.todo = [lr for lr in search.beyond(tune.rates) if lr not in search.tried]
-    rates = {_names(s.group): Tuned(s.best(), dict(sorted(s.tried.items()))) for s in searches}
+    rates = {_names(s.group): Tuned(s.best(), s.tried) for s in searches}
     for one in groups:
         if one.method.rate_of is not None:
             dataset, partition, _ = _names(one)

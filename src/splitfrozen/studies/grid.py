@@ -63,8 +63,9 @@ class TuneSpec(Spec, frozen=True):
     """How a learning rate is chosen, in the same way for every method.
 
     Each dataset, partition and method tries `rates` with the highest rank and `seed`, for `epochs`
-    on `rows` rows, and is measured on `held_out` others, all of them rows of `data.train`. Where
-    the best rate is the first or the last, one more is tried beyond it, `extend` times at most.
+    on `rows` rows, and is measured on `held_out` others, all of them rows of `data.train`. Of the
+    rates whose accuracy is within one standard error of the best, the one with the least loss is
+    taken. Where that is the first or the last, one more is tried beyond it, `extend` times at most.
     One rate and `extend = 0` take it untried."""
 
     rates: Annotated[tuple[Above0, ...], Meta(min_length=1)]
