@@ -196,11 +196,32 @@ def test_a_speed_that_moved_is_told_once() -> None:
 def test_speeds_are_means_over_chunks_and_over_time() -> None:
     server = Server(0)
     pilot = steered(server)
-    # Five chunks in a quarter of a second say nothing yet, though they are twenty times as fast.
-    hear(pilot, 0.05, 0.05, 2 * WINDOW)
+    # Chunks in less than two seconds say nothing yet, though they are twenty times as fast.
+    hear(pilot, 0.05, 0.05, 39)
     assert server.told == []
-    hear(pilot, 9.5, 0.05, 1)
-    assert [one.flops for one in server.told] == [1.1e3]
+    hear(pilot, 0.05, 0.05, 1)
+    assert [one.flops for one in server.told] == [pytest.approx(2e4)]
+
+
+def test_a_window_in_which_a_speed_changed_is_not_told() -> None:
+    server = Server(0)
+    pilot = steered(server)
+    # Two chunks as before and three that took five times as long: 294 FLOP/s if they were told.
+    hear(pilot, 1.0, 1.0, 2)
+    hear(pilot, 5.0, 1.0, 3)
+    assert server.told == []
+    hear(pilot, 5.0, 1.0, 2)
+    assert [one.flops for one in server.told] == [200.0]
+
+
+def test_a_speed_that_never_settles_is_told_all_the_same() -> None:
+    server = Server(0)
+    pilot = steered(server)
+    for index in range(4 * WINDOW):
+        pilot.sent(span(index, 3.0 * 2**index, 1.0), 100, Receipt(index, 1))
+    first = server.told[0].flops
+    # Two windows were cut in half: the third has chunks 4 to 8.
+    assert first == pytest.approx(5 * 1e3 / sum(3.0 * 2**index for index in range(4, 9)))
 
 
 def test_chunks_of_the_depth_before_say_nothing_of_the_one_now() -> None:

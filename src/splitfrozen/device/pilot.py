@@ -10,7 +10,8 @@ front, for lack of space or memory or because its files do not come, goes on wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -23,6 +24,10 @@ MOVED = 0.2
 
 WINDOW, WINDOW_S = 5, 2.0
 """Chunks, and seconds of computation or sending, that speeds are means over, at least."""
+
+RESTARTS = 2
+"""How often the older half of a window is left out, as something moved between the halves: told
+would be a speed that the machine has never had. One that never settles is told all the same."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +62,7 @@ class Steered:
         self._heard = assignment.depth
         """Of the last assignment, also where it could not be opened: that is tried once."""
         self._spans: list[tuple[ChunkSpan, int]] = []
+        self._restarts = 0
 
     @property
     def depth(self) -> int:
@@ -88,20 +94,52 @@ class Steered:
             self._wanted = receipt.depth
         assignment = self._assignment  # The other thread may replace it.
         if span.depth != assignment.depth:
-            self._spans.clear()
+            self._begin([])
             return
         self._spans.append((span, tokens))
-        computing = sum(span.front[1] for span, _ in self._spans)
-        sending = sum(span.send[1] for span, _ in self._spans)
-        if len(self._spans) < WINDOW or max(computing, sending) < WINDOW_S:
+        window = _Measured.over(self._spans, assignment.front.flops_per_token)
+        if len(self._spans) < WINDOW or window.seconds < WINDOW_S:
             return
-        work = assignment.front.flops_per_token * sum(tokens for _, tokens in self._spans)
-        flops = work / max(computing, 1e-9)
-        bps = 8 * sum(span.bytes for span, _ in self._spans) / max(sending, 1e-9)
-        self._spans.clear()
-        if moved(self._told.flops, flops) or moved(self._told.uplink_bps, bps):
-            self._told = msgspec.structs.replace(self._told, flops=flops, uplink_bps=bps)
-            self._tell(self._told)
+        if not window.moved(_Measured(self._told.flops, self._told.uplink_bps)):
+            self._begin([])
+            return
+        half = len(self._spans) // 2
+        older, newer = (
+            _Measured.over(spans, assignment.front.flops_per_token)
+            for spans in (self._spans[:half], self._spans[half:])
+        )
+        if newer.moved(older) and self._restarts < RESTARTS:
+            self._begin(self._spans[half:], self._restarts + 1)
+            return
+        self._begin([])
+        flops, uplink = window.flops, window.uplink_bps
+        self._told = msgspec.structs.replace(self._told, flops=flops, uplink_bps=uplink)
+        self._tell(self._told)
+
+    def _begin(self, spans: list[tuple[ChunkSpan, int]], restarts: int = 0) -> None:
+        """Begin a window with these chunks."""
+        self._spans, self._restarts = spans, restarts
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Speeds of a front (FLOP/s) and of a link (bit/s), and the seconds that they are means over:
+    of computation or of sending, whichever took longer."""
+
+    flops: float
+    uplink_bps: float
+    seconds: float = 0.0
+
+    @classmethod
+    def over(cls, spans: Sequence[tuple[ChunkSpan, int]], flops_per_token: float) -> _Measured:
+        computing = sum(span.front[1] for span, _ in spans)
+        sending = sum(span.send[1] for span, _ in spans)
+        work = flops_per_token * sum(tokens for _, tokens in spans)
+        bits = 8 * sum(span.bytes for span, _ in spans)
+        return cls(work / max(computing, 1e-9), bits / max(sending, 1e-9), max(computing, sending))
+
+    def moved(self, before: _Measured) -> bool:
+        return moved(before.flops, self.flops) or moved(before.uplink_bps, self.uplink_bps)
 
 
 def moved(before: float, now: float) -> bool:
