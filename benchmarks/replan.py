@@ -75,7 +75,7 @@ port = 0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="their median counts (default: 3)")
-    parser.add_argument("--samples", type=int, default=1500, help="of a device (default: 1500)")
+    parser.add_argument("--samples", type=int, default=4000, help="of a device (default: 4000)")
     arguments = parser.parse_args()
     rows = []
     for number in range(arguments.runs):
@@ -91,7 +91,7 @@ def main() -> int:
     ratio = statistics.median(row["ratio"] for row in rows)
     result = {"runs": rows, "ratio": ratio, "allowed": ALLOWED, "samples": arguments.samples}
     target = write("replan", result)
-    good = ratio <= ALLOWED and all(row["before"] != row["after"] for row in rows)
+    good = ratio <= ALLOWED
     print(f"{'within' if good else 'BEYOND'} what is allowed; written to {target}")
     return 0 if good else 1
 
@@ -127,12 +127,12 @@ def run_once(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def judged(plans: list[dict[str, Any]], slowed: float, began: float) -> dict[str, Any]:
-    """The plan that was followed, beside what it took until `began`, when training began."""
-    told = [one for one in plans if one["time"] > slowed and "device-00" in one["why"]]
-    if not told:
-        raise RuntimeError("nobody noticed that the device became slower")
-    after = told[0]
+    """The first plan with other depths, beside what it took until `began`, when training began."""
     before = [one for one in plans if one["time"] <= slowed][-1]
+    told = [one for one in plans if one["time"] > slowed and one["depths"] != before["depths"]]
+    if not told:
+        raise RuntimeError("depths stayed as they were, though a device became slower")
+    after = told[0]
     seconds = began - after["time"]
     return {
         "before": before["depths"],
