@@ -8,6 +8,7 @@ below; a file that is not there has none in the document.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ FedsLLM beside centralised LoRA on a small causal model, with the very same batc
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results = read()
     DOCUMENT.write_text(document(results))
     PLOTS.mkdir(exist_ok=True)

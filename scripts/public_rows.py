@@ -63,7 +63,12 @@ def _some(items: Sequence[_T], number: int) -> list[_T]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="folder of mrpc, sst2 and gsm8k, each with train.jsonl (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     for name in ("mrpc", "sst2", "gsm8k"):
         path = arguments.data / name / "train.jsonl"

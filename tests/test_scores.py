@@ -63,7 +63,8 @@ def test_the_picture_has_a_panel_for_each_data_set_and_rank(tmp_path: Path) -> N
         for dataset in ("x", "y")
         for rank in (4, 8)
     ]
-    result = {"tradeoff": tradeoff(rows), "labels": {"a_$1$": "a $ 1", "b": "b"}}
+    labels = {"a_$1$": "a $ 1", "b": "b"}
+    result = {"rows": rows, "tradeoff": tradeoff(rows), "labels": labels}
     shapes = []
     for ranks in (1, 2):
         kept = [one for one in result["tradeoff"] if one["rank"] <= 4 * ranks]
@@ -71,3 +72,21 @@ def test_the_picture_has_a_panel_for_each_data_set_and_rank(tmp_path: Path) -> N
         shapes.append(imread(tmp_path / "bytes.png").shape)
     assert shapes[0][0] == shapes[1][0] > shapes[0][1] / 2
     assert shapes[1][1] > 1.5 * shapes[0][1]
+
+
+def test_where_each_method_has_several_points_the_legend_names_it(tmp_path: Path) -> None:
+    rows = [
+        row(method, size, accuracy=0.1 * size) | {"partition": partition}
+        for method, size in (("a_$1$", 1), ("b", 5))
+        for partition in ("iid", "skewed $2$")
+    ]
+    # Nothing is known of the bytes of one method with one partition.
+    rows[0]["bytes"] = None
+    labels = {"a_$1$": "a $ 1", "b": "b"}
+    result = {"rows": rows, "tradeoff": tradeoff(rows), "labels": labels}
+    shapes = []
+    for partitions in (["iid"], ["iid", "skewed $2$"]):
+        shown = [one for one in rows if one["partition"] in partitions]
+        plots.draw_tradeoff({**result, "rows": shown}, tmp_path / "bytes.png")
+        shapes.append(imread(tmp_path / "bytes.png").shape)
+    assert shapes[1][0] > shapes[0][0], "room for the legend"

@@ -91,7 +91,7 @@ def stack(timelines: Mapping[str, Timeline], path: Path) -> None:
         limits += [f"the first {end:.3g} of {whole:.3g} s"] if end < whole else []
         for place, ids in enumerate(drawn[name]):
             shown |= _bars(axes, line, ids[line.begin[ids] < end], place, colours, scale)
-        _frame(axes, [_label(line.lanes[lane]) for lane in lanes])
+        _frame(axes, [label(line.lanes[lane]) for lane in lanes])
         title = f"{name}: {'; '.join(limits) if limits else f'{whole:.3g} s'}"
         axes.set_title(title, parse_math=False, loc="left", fontsize=11)
     panels[-1][0].set_xlim(0, scale or 1)
@@ -205,5 +205,5 @@ def _natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _label(lane: Lane) -> str:
+def label(lane: Lane) -> str:
     return lane.who if lane.target is None else f"{lane.who} \N{RIGHTWARDS ARROW} {lane.target}"

@@ -11,6 +11,7 @@ from typing import Any
 from splitfrozen.studies.scores import MEASURES, by_place, measures, shown
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+MARKERS = "osD^v<>PX*"
 FEW = 2
 """More partitions than that are an axis of their own."""
 
@@ -63,8 +64,9 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
             majority = (result.get("majority") or {}).get(dataset)
             if majority is not None:
                 panel.axvline(100 * majority, color="0.3", linestyle=":", label="majority class")
-        line[-1].set_xlabel(f"{told}; the axis is cut off on the left")
         _zoom(line)
+    for panel in panels[-1]:
+        panel.set_xlabel(f"{told} (axes are cut off)")
     handles = {
         label: handle
         for handle, label in zip(*panels[0][0].get_legend_handles_labels(), strict=True)
@@ -80,6 +82,9 @@ def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
 def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
     """Bytes against score: a panel for each dataset and rank, with the Pareto front as a line.
 
+    With one partition methods have their names beside their points. With several they are markers,
+    as each is there several times, and the legend has the names.
+
     Args:
         result: as for `draw`; its `tradeoff` is not empty.
         path: of the PNG.
@@ -88,44 +93,79 @@ def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
     measure, told = next((key, told) for key, told in MEASURES.items() if key in points[0])
     datasets = list(dict.fromkeys(one["dataset"] for one in points))
     ranks = sorted({one["rank"] for one in points})
-    partitions = list(dict.fromkeys(one["partition"] for one in points))
-    figure = _figure(5.2 * len(ranks) + 0.6, 3.9 * len(datasets) + 0.3)
+    colours = dict(zip(dict.fromkeys(row["partition"] for row in result["rows"]), cycle(COLOURS)))
+    several = len(colours) > 1
+    names = list(dict.fromkeys(one["method"] for one in points))
+    markers = dict(zip(names, cycle(MARKERS if several else "o"), strict=False))
+    figure = _figure(5.2 * len(ranks) + 0.6, 3.9 * len(datasets) + 0.3 + 0.9 * several)
     panels = figure.subplots(len(datasets), len(ranks), squeeze=False)
     for line, dataset in zip(panels, datasets, strict=True):
         for panel, rank in zip(line, ranks, strict=True):
-            for colour, partition in zip(cycle(COLOURS), partitions):
+            for partition, colour in colours.items():
                 place = dataset, rank, partition
                 own = [
                     (one["bytes"] / 1e6, shown(one[measure], measure), one)
                     for one in points
                     if (one["dataset"], one["rank"], one["partition"]) == place
                 ]
-                _draw_front(panel, own, partition, colour, result["labels"])
-            panel.set_xscale("log")
+                if own:
+                    _draw_front(panel, own, colour, markers)
+                if not several:
+                    _name_points(panel, own, result["labels"])
+            _log_axis(panel)
             panel.margins(x=0.15, y=0.1)
             panel.set_title(f"{dataset}, rank {rank}", parse_math=False, fontsize=10)
             panel.set_xlabel("MB sent by all devices")
             panel.grid(alpha=0.25, which="both")
         line[0].set_ylabel(told)
-    if len(partitions) > 1:
-        for text in panels[0][0].legend(frameon=False).get_texts():
-            text.set_parse_math(False)
+    if several:
+        _explain(figure, colours, {result["labels"][name]: markers[name] for name in names})
     figure.savefig(path, dpi=120)
+
+
+def _explain(figure: Any, colours: Mapping[str, str], markers: Mapping[str, str]) -> None:
+    """A legend of partitions, which are colours, and of methods, which are markers."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    handles += [
+        Line2D([], [], color="0.3", marker=marker, linestyle="", label=name)
+        for name, marker in markers.items()
+    ]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _log_axis(panel: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten: axes may be shorter than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_front(
     panel: Any,
     own: Sequence[tuple[float, float, Mapping[str, Any]]],
-    partition: str,
     colour: str,
-    labels: Mapping[str, str],
+    markers: Mapping[str, str],
 ) -> None:
-    """Points with their methods' names, and a line through those that nothing beats."""
+    """Points, and a line through those that nothing beats, which are filled."""
     front = sorted((x, y) for x, y, one in own if one["on_front"])
-    panel.plot(*zip(*front, strict=True), color=colour, linewidth=1, label=partition)
+    panel.plot(*zip(*front, strict=True), color=colour, linewidth=1)
     for x, y, one in own:
         filled = colour if one["on_front"] else "white"
-        panel.plot([x], [y], "o", color=colour, markerfacecolor=filled, markersize=4)
+        marker = markers[one["method"]]
+        panel.plot([x], [y], marker, color=colour, markerfacecolor=filled, markersize=5)
+
+
+def _name_points(
+    panel: Any, own: Sequence[tuple[float, float, Mapping[str, Any]]], labels: Mapping[str, str]
+) -> None:
+    for x, y, one in own:
         panel.annotate(
             labels[one["method"]],
             (x, y),

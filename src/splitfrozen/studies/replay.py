@@ -32,7 +32,7 @@ from splitfrozen.runs.summary import table
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.registry import Registry
 from splitfrozen.simulation import timeline
-from splitfrozen.simulation.gantt import COLOURS, MORE_COLOURS
+from splitfrozen.simulation.gantt import COLOURS, MORE_COLOURS, label
 from splitfrozen.simulation.network import Link
 from splitfrozen.simulation.timeline import Timeline
 from splitfrozen.studies.elsewhere import replay_on
@@ -263,7 +263,7 @@ def _draw(real: Timeline, again: Timeline, path: Path) -> None:
     for found, style in ((real, "-"), (again, "--")):
         axes.axvline(found.makespan, color="0.3", linestyle=style, linewidth=0.9)
     # A name is no formula, whatever dollars are in it.
-    axes.set_yticks(range(len(shown)), [real.lanes[i].name for i in shown], parse_math=False)
+    axes.set_yticks(range(len(shown)), [label(real.lanes[i]) for i in shown], parse_math=False)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, 1.02 * max(real.makespan, again.makespan))
     axes.set_title(

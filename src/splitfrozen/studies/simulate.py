@@ -356,5 +356,6 @@ def _write(bench: _Bench, cells: Sequence[Cell], out: Path) -> Iterator[Path]:
         equal = bench.first(dataset, "splitfrozen", replace(setting, depths={}))
         for line, what in ((equal, "equal"), (lines["splitfrozen"], "unequal")):
             path = out / f"gantt-{what}.png"
-            gantt.draw(line, path, f"SplitFrozen, {dataset.name}, {what} depths")
+            title = f"SplitFrozen, {dataset.name}, {what} depths, the first {SHOWN_STEPS} steps"
+            gantt.draw(line, path, title)
             yield path
