@@ -398,7 +398,9 @@ def test_ours_takes_least_and_says_what_it_sends_more_than_fl(
         assert data["delay_saved"][scheme] > 0
     assert data["bytes_saved"]["equal"] == 0
     assert data["bytes_saved"]["fl"] < 0
-    assert "times as much" in text
+    assert "SFT saves against it" in text
+    assert "SFT has 25.3 times as much" in text
+    assert "the channel of each drawn anew" in text
     assert "80.2%" in text
     assert "93.6%" in text
 
@@ -452,7 +454,8 @@ def test_the_surface_is_read_beside_the_file(tmp_path: Path) -> None:
     own = plan_sft_file.problem_of(spec, plan_sft_file.system_of(spec), tmp_path)
     assert own.surface == fitted
     assert own.least_accuracy == pytest.approx(0.78)
-    with pytest.raises(DataError, match="measure_surface"):
+    command = "python scripts/measure_surface.py --data MRPC_FOLDER --model MINILM_FOLDER"
+    with pytest.raises(DataError, match=command):
         plan_sft_file.problem_of(spec, plan_sft_file.system_of(spec), tmp_path / "elsewhere")
 
 
@@ -462,7 +465,12 @@ def test_the_surface_is_read_beside_the_file(tmp_path: Path) -> None:
         ({"accuracy": {"loss": 0.02}}, "`accuracy` is wrong: got neither"),
         ({"accuracy__surface": "x.json"}, "`surface` alone"),
         ({"accuracy": {"loss": 0.1, "surface": "x", "reference": 0.8}}, "got surface, reference"),
-        ({"bounds__levels": [2, 257]}, r"bounds\.levels\[1\].*<= 256"),
+        ({"bounds__levels": [2, 257]}, r"bounds\.levels\[1\].*a whole number from 2 to 256;"),
+        (
+            {"accuracy__loss": -0.5},
+            r"accuracy\.loss` is wrong: got -0\.5; allowed: a number from 0",
+        ),
+        ({"devices__flops": [1e12]}, r"devices\.flops` is wrong: .*allowed: a list of 2;"),
         ({"devices__memory_bytes": 1e-300}, r"`devices\.memory_bytes`.*1e-09 to 1e\+21"),
         ({"bounds__rho": [0.5, 0.1]}, "`bounds.rho` is wrong"),
         ({"bounds__rho": [0.01, 1.0]}, r"within 0\.05 to 1"),

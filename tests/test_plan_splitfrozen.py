@@ -35,6 +35,7 @@ from splitfrozen.simulation.encoding import encoded
 from splitfrozen.simulation.schedules import events
 from splitfrozen.simulation.setting import Setting, Share, Step
 from splitfrozen.studies import plan_splitfrozen
+from splitfrozen.studies import plan_splitfrozen_figures as figures
 from splitfrozen.studies.plan_splitfrozen_cases import (
     Case,
     Flow,
@@ -158,7 +159,7 @@ def test_never_worse_than_simpler_rules_on_the_papers_network(codec: str) -> Non
             group["bps"] = bps
         spec = convert(table, PlanFile)
         made = case_of(spec)
-        found, [ours, *others] = plan_splitfrozen.planned(spec, made)
+        found, _, [ours, *others] = plan_splitfrozen.planned(spec, made)
         assert [row.rule for row in others] == list(plan_splitfrozen.RULES)
         assert all(ours.plain_s <= row.plain_s for row in others)
         assert all(ours.codec_s <= row.codec_s for row in others)
@@ -172,8 +173,8 @@ def test_the_papers_rule_is_one_block_for_slow_and_three_for_fast_devices() -> N
     paper = plan_splitfrozen.ruled(spec, made, "float32")["paper's rule"]
     assert sorted(paper.depth.values()) == [1] * 3 + [3] * 7
     # One transmission of 7.2 samples in float32 takes 75.5 ms, as Table II's times have it.
-    line = made.replay(paper, 1)
-    [send] = [e for e in line.events if isinstance(e, Send) and e.source == "slow-0"]
+    line = made.replay(paper)
+    send = next(e for e in line.events if isinstance(e, Send) and e.source == "slow-0")
     assert line.left[send.id] - line.begin[send.id] == pytest.approx(0.0755, rel=2e-3)
 
 
@@ -503,9 +504,43 @@ def test_figures_come_with_their_data(outcome: tuple[Outcome, Path]) -> None:
         [row for row in rows if row["bps"] == bps] for bps in ("10000000.0", "1000000000.0")
     )
     assert all(float(a["plain_s"]) > float(b["plain_s"]) for a, b in zip(slow, fast, strict=True))
+    assert all(float(row["plain_bound_s"]) <= float(row["plain_s"]) for row in rows)
+    assert {row["codec"] for row in slow} == {"int8"}
     kept = json.loads((folder / "small.json").read_text())
     assert kept["plan"] == json.loads(json.dumps(said.data["plan"]))
     assert "environment" in kept
+
+
+def test_the_picture_of_the_last_steps_is_a_part_of_the_schedule() -> None:
+    made = network()
+    line = made.replay(plan(made.problem, made.judge).plan)
+    cut = figures._cut(line, {"a", "server"}, 0.5 * line.makespan, line.makespan)
+    assert {lane.who for lane in cut.lanes} == {"a", "server"}
+    assert 0 < len(cut.events) < len(line.events) / 2
+    assert cut.begin.min() >= 0
+    assert cut.makespan == pytest.approx(0.5 * line.makespan)
+    assert {(e.step, cut.lanes[cut.lane[i]].who) for i, e in enumerate(cut.events)} == {
+        (e.step, line.lanes[line.lane[i]].who)
+        for i, e in enumerate(line.events)
+        if line.left[i] > 0.5 * line.makespan and line.lanes[line.lane[i]].who in ("a", "server")
+    }
+
+
+@pytest.mark.parametrize(("seconds", "rounded"), [(2.568, 2.5), (0.0, 0.0), (0.0129, 0.012)])
+def test_the_instant_that_a_picture_begins_at_is_easy_to_add(
+    seconds: float, rounded: float
+) -> None:
+    assert figures._rounded_down(seconds) == pytest.approx(rounded)
+
+
+def test_devices_are_told_in_the_order_of_the_file(outcome: tuple[Outcome, Path]) -> None:
+    data: dict[str, Any] = outcome[0].data
+    assert data["planned_for"]["devices"] == ["slow-0", "fast-0", "fast-1"]
+    assert data["run"]["devices"]["depth"] == [
+        data["plan"]["depth"][name] for name in ("slow-0", "fast-0", "fast-1")
+    ]
+    told = [line.split()[0] for line in outcome[0].text.splitlines()[1:4]]
+    assert told == ["slow-0", "fast-0", "fast-1"]
 
 
 def test_a_file_with_a_medium_or_subchannels_is_planned_too(tmp_path: Path) -> None:
@@ -544,7 +579,14 @@ def test_a_step_may_be_larger_than_all_there_is(tmp_path: Path) -> None:
         ("tokens = 32", "tokens = 0", "data.tokens"),
         ("samples = 20", "samples = 1e12", "`data` is wrong: got 1.25e+11 steps of 3 devices"),
         ("samples = 20", "samples = 1e300", "1.25e+299 steps"),
-        ("count = 2", "count = 1000", "got 1001; allowed: at most 1000 together"),
+        ("count = 2", "count = 1000", "got 1001; allowed: at most 1000 together; take 1 out"),
+        ("bps = 2e8", "bps = -5", "`devices[0].bps` is wrong: got -5; allowed: a number above 0;"),
+        ("accuracy_loss = 0.01", "accuracy_loss = 2", "got 2; allowed: a number from 0 to 1;"),
+        ('name = "int8"', 'name = "gzip9"', "`codecs.name` is wrong: got 'gzip9'"),
+        ('name = "int8"', 'name = "ecsq:1@0123456789abcdef"', "allowed: a name without @"),
+        ("bps = 2e8\n", "", "; give slow `bps`, or add [air]"),
+        ("[check]", "[air]\nbps = 1e8\n[check]", "or [air] for all; remove it"),
+        (SMALL[SMALL.index("[[codecs]]") :], "", "`codecs` is missing: got nothing; allowed: tabl"),
         ("flops = 4e12", "flops = 1e-300", "`server.flops`"),
         ("[check]", "[air]\nrates = [[0.0]]\n[check]", "`air.rates[0][0]`"),
     ],
@@ -553,3 +595,22 @@ def test_a_wrong_file_is_refused_by_key(tmp_path: Path, old: str, new: str, key:
     with pytest.raises(ConfigError) as caught:
         plan_splitfrozen.plan(*small(tmp_path, (old, new)), None)
     assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ([], "`air` is wrong: got none of its keys; allowed: `bps` of a medium, or `rates`"),
+        ([[1.0]], "`air.rates` is wrong: got 1 rows; allowed: 3, one a device; add 2 rows"),
+        ([[1.0]] * 5, "remove 2 rows"),
+        ([[1.0], [1.0], [1.0, 2.0]], "`air.rates[2]` is wrong: got 2 rates; allowed: 1, one a sub"),
+        ([[], [], []], "`air.rates[0]` is wrong: got 0 rates; allowed: some, one a subchannel"),
+    ],
+)
+def test_rates_that_are_no_table_of_devices_are_refused(
+    tmp_path: Path, rates: list[list[float]], said: str
+) -> None:
+    air = (SMALL[SMALL.index("[check]") :], f"[air]\nrates = {rates}\n")
+    with pytest.raises(ConfigError) as caught:
+        plan_splitfrozen.plan(*small(tmp_path, ("bps = 2e8\n", ""), air), None)
+    assert said in str(caught.value)

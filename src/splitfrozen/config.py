@@ -427,14 +427,14 @@ def convert(
             raise ConfigError(
                 f"`{key}` is missing",
                 got="nothing",
-                allowed=_choices(kind, key) or "a value",
+                allowed=_allowed(kind, key),
                 remedy=f"add it: see {document}",
             ) from error
         key = key or "the file"
         raise ConfigError(
             f"`{key}` is wrong",
             got=_shortly(_lookup(table, key)),
-            allowed=_choices(kind, key) or what[0].lower() + what[1:],
+            allowed=_allowed(kind, key) or what[0].lower() + what[1:],
             remedy=f"see {document}",
         ) from error
 
@@ -451,11 +451,11 @@ def undump(data: bytes) -> Config:
 
 def _refuse_experiment(table: dict[str, Any], path: Path) -> None:
     """Experiments look much like runs."""
-    for key, command in (("experiment", "compare"), ("datasets", "simulate")):
+    for key, command in (("experiment", "compare"), ("datasets", "simulate"), ("system", "plan")):
         if key in table:
             raise ConfigError(
                 f"{path} is no run",
-                got=f"`{key}`, as experiments have it",
+                got=f"`{key}`, as the files of `splitfrozen {command}` have it",
                 allowed="the file of a run",
                 remedy=f"try: splitfrozen {command} {path}",
             )
@@ -476,29 +476,63 @@ def _shortly(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _choices(kind: type[Spec], key: str) -> str:
-    """What a key may be, where that is one of a few words; "" elsewhere."""
+def _allowed(kind: type[Spec], key: str) -> str:
+    """What a key may be, for people; "" where the specs have no such key."""
     several: tuple[Any, ...] = (kind,)
-    for part in re.findall(r"\w+", key):
-        if part.isdigit():  # A place in a list, whose items are all of one kind.
-            inner = [get_args(one)[0] for one in several if get_origin(one) is tuple]
-        else:
-            hints = [get_type_hints(table) for one in several for table in _specs(one)]
-            inner = [known[part] for known in hints if part in known]
-        several = tuple(each for one in inner for each in _either(one))
-    words = [
-        f'"{word}"' if isinstance(word, str) else str(word)
-        for one in several
-        if get_origin(one) is Literal
-        for word in get_args(one)
-    ]
-    lists = ["a list"] if words and any(get_origin(one) is tuple for one in several) else []
-    return ", ".join(words + lists)
+    for part in re.findall(r"\w+|\.\.\.", key):
+        several = tuple(
+            each for one in several for inner in _inner(one, part) for each in _either(inner)
+        )
+    return ", ".join(_words(one, key) for one in several if one is not type(None))
+
+
+def _inner(kind: Any, part: str) -> list[Any]:
+    """The kind of what `part` names in a table or list: a key, or a place as msgspec writes it."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    items = get_args(plain)
+    if get_origin(plain) is tuple:
+        return [items[0] if items[-1] is Ellipsis else items[int(part)]]
+    if get_origin(plain) is dict:
+        return [items[1]]
+    hints = get_type_hints(plain, include_extras=True) if isinstance(plain, type) else {}
+    return [hints[part]] if part in hints else []
 
 
 def _either(kind: Any) -> tuple[Any, ...]:
     """The kinds of `A | B`."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _words(kind: Any, key: str) -> str:
+    """A kind in words, as in "a whole number from 1 to 100"."""
+    plain, meta = get_args(kind)[:2] if get_origin(kind) is Annotated else (kind, Meta())
+    if get_origin(plain) is Literal:
+        words = get_args(plain)
+        return ", ".join(f'"{word}"' if isinstance(word, str) else str(word) for word in words)
+    if get_origin(plain) is tuple:
+        items = get_args(plain)
+        if list(_specs(items[0])):
+            return f"tables [[{key}]]"
+        several = f" of {meta.min_length} or more" if meta.min_length else ""
+        return f"a list{several}" if items[-1] is Ellipsis else f"a list of {len(items)}"
+    if plain in (int, float):
+        return f"a {'whole ' if plain is int else ''}number{_range(meta)}"
+    if plain is str:
+        return f"text that matches {meta.pattern}" if meta.pattern else "text"
+    return "true or false" if plain is bool else "a table"
+
+
+def _range(meta: Meta) -> str:
+    if meta.ge is not None and meta.le is not None:
+        return f" from {meta.ge} to {'2^63 - 1' if meta.le == LARGEST else meta.le}"
+    limits = (
+        ("of at least", meta.ge),
+        ("above", meta.gt),
+        ("of at most", meta.le),
+        ("below", meta.lt),
+    )
+    told = " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
+    return f" {told}" if told else ""
 
 
 def _refuse_infinite(table: dict[str, Any], prefix: str, document: str) -> None:

@@ -1,23 +1,20 @@
 """`plan`: who computes how much, over which band, at what power and rate, for three systems.
 
 The file's key `system` says whose problem it states; docs/planning.md has all three. What a plan
-decides of a run (cut, depths, rank, codec) can be written into that run's file.
+fixes of a run (cut, depths, rank, codec, batches ...) can be written into a copy of its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
-
-from splitfrozen.config import complete, read_toml
-from splitfrozen.disk import explained, make_folder, write_whole
+from splitfrozen.config import Config, complete, read_toml
+from splitfrozen.disk import make_folder
 from splitfrozen.errors import ConfigError
 from splitfrozen.records import Outcome
-from splitfrozen.studies import plan_fedsllm, plan_sft, plan_splitfrozen
-from splitfrozen.studies.grid import to_toml
+from splitfrozen.studies import plan_fedsllm, plan_run, plan_sft, plan_splitfrozen
 
 Study = Callable[[Path, dict[str, Any], Path | None], Outcome]
 
@@ -44,9 +41,10 @@ def plan(source: Path, run: Path | None, out: Path | None) -> Outcome:
     table = read_toml(source)
     system = table.get("system")
     if not isinstance(system, str) or system not in SYSTEMS:
+        missing = "system" not in table
         raise ConfigError(
-            f"`system` is wrong in {source.name}",
-            got=repr(system),
+            f"`system` is {'missing' if missing else 'wrong'} in {source.name}",
+            got="nothing" if missing else repr(system),
             allowed=", ".join(SYSTEMS),
             remedy='say whose problem it is, as in system = "splitfrozen"',
         )
@@ -56,10 +54,12 @@ def plan(source: Path, run: Path | None, out: Path | None) -> Outcome:
     found = SYSTEMS[system](source, table, out)
     if run is None or target is None:
         return found
-    changes = found.data["run"]
+    changes, about = found.data["run"], found.data["planned_for"]
     assert isinstance(changes, dict)
-    _write_run(run, changes, target)
-    return Outcome(found.data, f"{found.text}\nwrote {target}")
+    assert isinstance(about, dict)
+    told = plan_run.write(run, changes, about.get("devices", ()), target)
+    told += _not_looked_at(complete(read_toml(run), run), about)
+    return Outcome(found.data, "\n".join([found.text, "", *told]))
 
 
 def _target(run: Path, out: Path | None) -> Path:
@@ -86,15 +86,12 @@ def _target(run: Path, out: Path | None) -> Path:
     return target
 
 
-def _write_run(run: Path, changes: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A run's file with changes. Raises ConfigError where they do not fit the run."""
-    table = read_toml(run)
-    for section, values in changes.items():
-        table.setdefault(section, {}).update(values)
-    named = "folder" in table.get("run", {})
-    made = complete(table, run)
-    if not named:
-        # The default is another for another file.
-        made = structs.replace(made, run=structs.replace(made.run, folder=None))
-    with explained(path):
-        write_whole(path, to_toml(made).encode())
+def _not_looked_at(run: Config, about: dict[str, Any]) -> list[str]:
+    """What a plan is for and a run's file does not say."""
+    lines = [
+        f"Planned for the shape {about['shape']} and samples of {about['tokens']} tokens; whether"
+        f" {run.model.name} and its data are so is not looked at."
+    ]
+    if run.task.kind != "image" and run.task.max_tokens < about["tokens"]:
+        lines.append(f"They are not: task.max_tokens cuts samples to {run.task.max_tokens}.")
+    return lines

@@ -131,7 +131,20 @@ def _saved(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
         "paper_delay_saved": spec.paper.delay_saved,
         "delay_saved_against": saved,
         "delay_s": means,
-        "run": {"model": {"cut": split}, "lora": {"rank": rank}, "method": {"name": "fedsllm"}},
+        "run": _run(spec, split, rank),
+        "planned_for": {"shape": spec.model.shape, "tokens": spec.model.tokens},
+    }
+
+
+def _run(spec: Experiment, split: int, rank: int) -> dict[str, Any]:
+    """What the plan makes of a run's file."""
+    steps = {"local_steps": spec.model.local_steps, "local_epochs": None}
+    return {
+        "model": {"cut": split},
+        "devices": {"count": spec.cell.clients, "depth": "auto"},
+        "lora": {"rank": rank},
+        "train": {"batch_size": spec.model.batch},
+        "method": {"name": "fedsllm", **steps},
     }
 
 
@@ -252,20 +265,23 @@ def _text(data: Mapping[str, Any], given: Mapping[int, float]) -> str:
         f"{abs(data['descent_gap_max']):.3%} at most (allowed: 5 %)",
         f"  with the paper's greedy subchannels: {data['paper_greedy_gap_mean']:.3%} and "
         f"{data['paper_greedy_gap_max']:.3%}",
-        "{clients} clients, {subchannels} subchannels: split {split}, rank {rank}, "
-        "{delay_s:.4g} s".format(**data["large"]),
+        "{clients} clients, {subchannels} subchannels: split {split}, rank {rank}, ".format(
+            **data["large"]
+        )
+        + f"{data['large']['delay_s'] / drawings.HOUR_S:.4g} hours",
         f"Delay saved against baseline a: {data['delay_saved']:.1%} "
         f"(paper: about {data['paper_delay_saved']:.0%}); against "
         + ", ".join(f"{name} {part:.1%}" for name, part in data["delay_saved_against"].items()),
     ]
     for figure in data["figures"]:
-        header = (figure["vary"], *figure["delay_s"])
+        label, unit, _ = drawings.AXES[figure["vary"]]
+        header = (label, *figure["delay_s"])
         columns = [one["mean"] for one in figure["delay_s"].values()]
         rows = [
-            (f"{value:g}", *(f"{mean:.1f}" for mean in means))
+            (f"{value / unit:g}", *(f"{mean / drawings.HOUR_S:.3f}" for mean in means))
             for value, *means in zip(figure["values"], *columns, strict=True)
         ]
-        lines += ["", f"Figure {figure['figure']}: mean delay, s", table(header, rows)]
+        lines += ["", f"{drawings.heading(figure)}; mean delay, hours", table(header, rows)]
         claims = data["claims"][figure["figure"]]
         lines += [
             "; ".join(f"{name}: {'yes' if holds else 'no'}" for name, holds in claims.items())

@@ -23,11 +23,12 @@ COLOURS = {
 }
 AXES = {
     "bandwidth_hz": ("bandwidth of a link, kHz", 1e3, "log"),
-    "client_flop_per_cycle": ("client's FLOP a cycle", 1.0, "log"),
-    "server_hz": ("main server, GHz", 1e9, "linear"),
-    "client_dbm": ("client's power at most, dBm", 1.0, "linear"),
+    "client_flop_per_cycle": ("FLOP of a client in a cycle", 1.0, "log"),
+    "server_hz": ("speed of the main server, GHz", 1e9, "linear"),
+    "client_dbm": ("most power of a client, dBm", 1.0, "linear"),
 }
 """Label, unit and scale by the key that is varied."""
+HOUR_S = 3600
 STEEP = 8.0
 """From this ratio of the highest to the lowest mean on, delays are drawn on a logarithmic axis."""
 
@@ -44,16 +45,24 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     cells = result["cells"]
-    figure.suptitle(f"Mean over {cells} drawn cells; bands from the 10th to the 90th percentile")
+    several = f"Mean over {cells} drawn cells; bands from the 10th to the 90th percentile"
+    figure.suptitle(several if cells > 1 else "One drawn cell")
     figure.savefig(path, dpi=120)
 
 
+def heading(own: Mapping[str, Any]) -> str:
+    """Which figure of the paper it is, and what varies in it."""
+    return f"Figure {own['figure']} of the paper: {AXES[own['vary']][0].partition(',')[0]}"
+
+
 def _draw_panel(panel: Any, own: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     label, unit, scale = AXES[own["vary"]]
     xs = [value / unit for value in own["values"]]
     curves = own["delay_s"]
     for name, curve in curves.items():
-        hours = {part: [value / 3600 for value in values] for part, values in curve.items()}
+        hours = {part: [value / HOUR_S for value in values] for part, values in curve.items()}
         panel.fill_between(xs, hours["low"], hours["high"], color=COLOURS[name], alpha=0.10)
         panel.plot(
             xs,
@@ -69,7 +78,9 @@ def _draw_panel(panel: Any, own: Mapping[str, Any]) -> None:
     panel.set_xticks([], minor=True)
     if max(means) > STEEP * min(means):
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel(label)
     panel.set_ylabel("total delay, hours")
-    panel.set_title(f"Figure {own['figure']}", fontsize=10)
+    panel.set_title(heading(own), fontsize=10)
     panel.grid(alpha=0.25)

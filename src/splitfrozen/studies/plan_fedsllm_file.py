@@ -36,6 +36,10 @@ from splitfrozen.planning.fedsllm import Problem, Workload
 from splitfrozen.simulation.experiment import SHAPES
 from splitfrozen.studies.plan_file import MOST, bad
 
+MEASURE = (
+    "`python scripts/measure_rounds.py --data ../shared/data/sst2/train.jsonl --text '{text}'`"
+)
+"""What makes E(r), for people; the file that it writes is the one of experiments/fedsllm.toml."""
 FAINTEST = 3e-6
 """Of a signal, over the noise: beside the 1 of log2(1 + SNR), weaker ones are lost in rounding."""
 MOST_ENUMERATED = 20_000
@@ -154,7 +158,9 @@ class Experiment(Spec, frozen=True):
         if max(self.small.splits) >= blocks:
             raise bad("small.splits", max(self.small.splits), f"1..{blocks - 1}", "lower it")
         if not set(self.small.ranks) <= set(self.model.ranks):
-            raise bad("small.ranks", self.small.ranks, f"some of {self.model.ranks}", "mend it")
+            known = ", ".join(map(str, self.model.ranks))
+            remedy = "take the others out, or add them to model.ranks"
+            raise bad("small.ranks", list(self.small.ranks), f"some of {known}", remedy)
         if self.small.clients**self.small.subchannels > MOST_ENUMERATED:
             raise bad(
                 "small",
@@ -185,8 +191,8 @@ def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
         raise bad(
             "rounds",
             f"none for rank {missing[0]} in {where}",
-            'a number of rounds for every rank of model.ranks, as in rounds = {"4" = 20.5}',
-            "measure them with scripts/measure_rounds.py, or leave the rank out",
+            "a number of rounds for every rank of model.ranks, as in rounds = {4 = 20.5}",
+            f"measure them with {MEASURE}, or leave the rank out",
         )
     return {rank: float(given[str(rank)]) for rank in sorted(spec.model.ranks)}
 
@@ -205,7 +211,8 @@ def _read(path: Path) -> dict[str, float]:
             "rounds",
             f"{path}: {getattr(error, 'strerror', None) or error}",
             "the path of a file that scripts/measure_rounds.py wrote, or a table by rank",
-            "run that script, or mend the path",
+            f"measure them with {MEASURE}, half an hour after scripts/pretrain_gsm8k.py, or write a"
+            " table of all of model.ranks, as in rounds = {1 = 60, 4 = 40}",
         ) from error
 
 

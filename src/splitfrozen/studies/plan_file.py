@@ -50,4 +50,4 @@ def _refuse_extremes(prefix: str, items: Iterable[tuple[str, Any]]) -> None:
         elif isinstance(value, list):
             _refuse_extremes(name, ((f"[{place}]", one) for place, one in enumerate(value)))
         elif isinstance(value, int | float) and value and not LEAST <= abs(value) <= MOST:
-            raise bad(name, value, f"0, or {LEAST:g} to {MOST:g} by size", "mend it, or its unit")
+            raise bad(name, value, f"0, or {LEAST:g} to {MOST:g} by size", "look at its unit")

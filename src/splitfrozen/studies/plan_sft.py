@@ -68,7 +68,8 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
         **chosen,
         "at_paper_setting": _compare(spec, system, spec.paper.blocks, paper_ratio),
         "paper": _published(spec),
-        "run": _run(choice),
+        "run": _run(spec, choice),
+        "planned_for": {"shape": spec.model.shape, "tokens": spec.model.tokens},
     }
     bands = [_over(spec, system, choice, total_hz) for total_hz in spec.figures.total_hz]
     data["band_saved"] = _band_saved(bands)
@@ -85,13 +86,16 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
     return Outcome(data, "\n".join(text))
 
 
-def _run(choice: Choice) -> dict[str, Any]:
-    """What the plan makes of a run's file."""
+def _run(spec: Experiment, choice: Choice) -> dict[str, Any]:
+    """What the plan makes of a run's file; a round is an epoch."""
     codec = f"topk:{choice.rho:.4g}:{choice.levels}"
     return {
         "model": {"cut": choice.blocks},
-        "method": {"name": "sft", "gradients": codec},
+        "devices": {"count": spec.devices.count, "depth": "auto"},
+        "lora": {"rank": spec.model.rank},
+        "train": {"epochs": spec.rounds, "batch_size": spec.model.batch},
         "wire": {"codec": codec},
+        "method": {"name": "sft", "local_epochs": 1, "local_steps": None, "gradients": codec},
     }
 
 
@@ -302,7 +306,10 @@ def _accuracy(problem: Problem, choice: Choice) -> dict[str, Any]:
 
 
 def _coding(choice: Choice) -> dict[str, float]:
-    """Figure 8b: bits an element after each step of the compression."""
+    """Figure 8b: bits an element after each step of the compression.
+
+    One bit of each says whether it is kept, so at keep rate 1 Top-K alone costs more.
+    """
     kept, bits = choice.rho, 1 + float(np.log2(choice.levels))
     return {
         "float32": float(sft_delay.FLOAT_BITS),
@@ -336,7 +343,8 @@ def _told(spec: Experiment, data: Mapping[str, Any]) -> list[str]:
     lines = [
         f"P1: keep rate {p1['rho']:.3f}, {p1['levels']} levels, {p1['blocks']} of the blocks on "
         f"devices: {p1['bits_per_element']:.2f} bits an element, accuracy {p1['accuracy']:.4f} "
-        f"(at least {p1['least_accuracy']:.4f}), {p1['delay_s'] / 60:.1f} minutes as planned",
+        f"(at least {p1['least_accuracy']:.4f}), {p1['delay_s'] / 60:.1f} minutes if all rounds "
+        f"had the channel that it is planned for, {spec.channel.snr_db:g} dB",
         f"    against brute force {searched}; Algorithm 2 {multiplied}",
         f"    {drawn['instances']} drawn problems: against brute force at most "
         f"{drawn['max_gap']:+.3%}; Algorithm 2 settles in {drawn['algorithm2_settled']}",
@@ -348,12 +356,16 @@ def _told(spec: Experiment, data: Mapping[str, Any]) -> list[str]:
             f"    saves up to {data['band_saved']:.1%} of a round against equal or random "
             f"bandwidth; the paper {own.band_saved:.1%}"
         )
-    lines += ["", f"{data['rounds']} rounds as planned:", _table(data, own.minutes, beside=False)]
+    lines += [
+        "",
+        f"{data['rounds']} rounds as planned, the channel of each drawn anew:",
+        _table(data, own.minutes, beside=False),
+    ]
     there = data["at_paper_setting"]
     lines += [
         "",
-        f"{data['rounds']} rounds with the paper's keep rate {own.rho:g}, {own.levels} levels and "
-        f"{own.blocks} blocks:",
+        f"{data['rounds']} such rounds with the paper's keep rate {own.rho:g}, {own.levels} levels "
+        f"and {own.blocks} blocks:",
         _table(there, own.minutes, beside=True),
         f"saved against SFT without compression: {there['delay_saved']['uncompressed']:.1%} of the "
         f"delay and {there['bytes_saved']['uncompressed']:.1%} of the bytes; "
@@ -371,13 +383,14 @@ def _table(found: Mapping[str, Any], paper: Mapping[str, float], *, beside: bool
         row += [f"{found['bytes'][scheme] / 1e9:.2f}", _percent(found["bytes_saved"].get(scheme))]
         rows.append(row)
     paper_column = ["paper"] if beside else []
-    return table(["scheme", "minutes", *paper_column, "saved", "GB", "saved"], rows)
+    saved = "SFT saves against it"
+    return table(["scheme", "minutes", *paper_column, saved, "GB", saved], rows)
 
 
 def _percent(part: float | None) -> str:
     if part is None:
         return "-"
-    return f"{part:.1%}" if part > -1 else f"{1 - part:.1f} times as much"
+    return f"{part:.1%}" if part > -1 else f"SFT has {1 - part:.1f} times as much"
 
 
 def _write(source: Path, result: dict[str, Any], out: Path) -> Iterator[Path]:

@@ -95,10 +95,13 @@ def _bytes(result: Mapping[str, Any]) -> Any:
     left.set_ylabel(f"GB in {result['rounds']} rounds")
     left.tick_params(axis="x", labelsize=8)
     coding = result["figures"]["coding"]
-    bars = right.bar(list(coding), list(coding.values()), color="tab:orange")
+    kept = f"Top-K,\nkeep rate {result['p1']['rho']:.3g}"
+    names = [kept if name == "Top-K" else name for name in coding]
+    bars = right.bar(names, list(coding.values()), color="tab:orange")
     first = next(iter(coding.values()))
     right.bar_label(bars, [f"{one / first:.1%}" for one in coding.values()], fontsize=8)
     right.set_ylabel("bits an element of an activation")
+    right.set_xlabel("from Top-K on, one bit says whether the element is kept", fontsize=8)
     right.tick_params(axis="x", labelsize=8)
     for panel in (left, right):
         panel.margins(y=0.15)

@@ -228,7 +228,9 @@ def _surface(part: AccuracyPart, folder: Path) -> Surface:
             f"the accuracy surface {path} cannot be read",
             got=getattr(error, "strerror", None) or str(error),
             allowed="a file that scripts/measure_surface.py wrote",
-            remedy="mend `accuracy.surface`, or measure it: python scripts/measure_surface.py",
+            remedy="measure it in a quarter of an hour: python scripts/measure_surface.py"
+            " --data MRPC_FOLDER --model MINILM_FOLDER; or give `accuracy.points` and"
+            " `accuracy.reference` instead",
         ) from error
     return surfaces.read(data, str(path))
 

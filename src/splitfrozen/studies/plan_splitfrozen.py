@@ -26,7 +26,6 @@ from splitfrozen.planning.splitfrozen import Found
 from splitfrozen.planning.splitfrozen import plan as search
 from splitfrozen.records import DeviceProfile, FrontManifest, Outcome
 from splitfrozen.runs.summary import table as aligned
-from splitfrozen.simulation import gantt
 from splitfrozen.simulation.experiment import named
 from splitfrozen.studies import plan_splitfrozen_figures as figures
 from splitfrozen.studies.plan_file import load, write_result
@@ -43,8 +42,6 @@ from splitfrozen.studies.plan_splitfrozen_file import (
 
 WITHIN = 0.01
 """Of brute force: what counts as good."""
-SHOWN_STEPS = 8
-"""Steps of the Gantt picture."""
 
 log = logging.getLogger("splitfrozen.plan")
 
@@ -147,7 +144,7 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
     """
     spec = load(table, PlanFile)
     made = case_of(spec)
-    found, rows = planned(spec, made)
+    found, _, rows = planned(spec, made)
     paper, depth = rows[1], rows[2]
     data: dict[str, object] = {
         "problem": str(source),
@@ -161,8 +158,13 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
         "plain_codec": plainly(made).problem.knobs[0].name,
         "rules": [asdict(row) for row in rows],
         "run": _run(spec, found.plan),
+        "planned_for": {
+            "shape": spec.model.shape,
+            "tokens": spec.data.tokens,
+            "devices": [name for name, _ in named(spec.devices)],
+        },
     }
-    text = [_plan_text(made, found), "", _rules_text(made, found, rows)]
+    text = [_plan_text(spec, made, found), "", _rules_text(made, found, rows)]
     if spec.check is not None:
         data["gap"], line = gap(spec.check)
         text += ["", line]
@@ -175,26 +177,31 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
 
 
 def _run(spec: PlanFile, chosen: Plan) -> dict[str, object]:
-    """What the plan makes of a run's file; its devices are in the order of their names."""
-    depths = list(chosen.depth.values())
+    """What the plan makes of a run's file; its devices are in the order of the plan's file."""
+    depths = [chosen.depth[name] for name, _ in named(spec.devices)]
     return {
         "model": {"cut": spec.model.cut},
-        "lora": {"rank": spec.model.rank},
-        "method": {"name": "splitfrozen"},
         "devices": {"count": len(depths), "depth": depths},
+        "lora": {"rank": spec.model.rank},
+        "train": {"epochs": spec.data.epochs, "batch_size": spec.data.batch_size},
         "wire": {"codec": chosen.codec},
+        "method": {"name": "splitfrozen", "reuse": spec.data.reuse},
     }
 
 
-def planned(spec: PlanFile, made: Case) -> tuple[Found, list[Row]]:
-    """The plan, and rows for itself and the rules. Raises PlanError."""
+def planned(spec: PlanFile, made: Case) -> tuple[Found, Found, list[Row]]:
+    """The plan, that with the first codec only, and rows for them and the rules.
+
+    Raises PlanError.
+    """
     found = search(made.problem, made.judge)
     alone = plainly(made)
-    rows = [Row("plan", search(alone.problem, alone.judge).makespan_s, found.makespan_s)]
+    without = search(alone.problem, alone.judge)
+    rows = [Row("plan", without.makespan_s, found.makespan_s)]
     plain = ruled(spec, made, made.problem.knobs[0].name)
     coded = ruled(spec, made, found.plan.codec)
     rows += [Row(rule, made.judge(plain[rule]), made.judge(coded[rule])) for rule in RULES]
-    return found, rows
+    return found, without, rows
 
 
 def gap(check: CheckPart) -> tuple[dict[str, object], str]:
@@ -249,18 +256,18 @@ def as_data(found: Plan) -> dict[str, object]:
     }
 
 
-def _plan_text(made: Case, found: Found) -> str:
+def _plan_text(spec: PlanFile, made: Case, found: Found) -> str:
     header = ("device", "depth", "codec", "Mbit/s", "samples a step", "subchannels")
     rows = [
         (
             name,
-            f"{depth}",
+            f"{found.plan.depth[name]}",
             found.plan.codec,
             f"{found.plan.bps[name] / MEGA:.1f}",
             f"{found.plan.share[name] * made.flow.batch:.2f}",
             " ".join(map(str, found.plan.subchannels.get(name, ()))) or "-",
         )
-        for name, depth in found.plan.depth.items()
+        for name, _ in named(spec.devices)
     ]
     beaten = f"{found.makespan_s / found.bound_s - 1:.2%} above what no plan can beat"
     return (
@@ -285,14 +292,9 @@ def _write(
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     paper = ruled(spec, made, found.plan.codec)["paper's rule"]
-    lines = {
-        f"{who}, {made.judge(one):.4g} s in all; its first {SHOWN_STEPS} steps": made.replay(
-            one, SHOWN_STEPS
-        )
-        for who, one in (("the plan", found.plan), ("the paper's rule", paper))
-    }
     path = out / f"{name}-gantt.png"
-    gantt.stack(lines, path)
+    lines = {"the plan": made.replay(found.plan), "the paper's rule": made.replay(paper)}
+    figures.draw_last_steps(lines, [group.name for group in spec.devices], path)
     yield path
     if spec.figure is not None:
         points = list(curve(spec, spec.figure))
@@ -302,17 +304,22 @@ def _write(
         path = out / f"{name}-uplink.csv"
         with explained(path), path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("bps", "rule", "plain_s", "codec_s", "bound_s"))
-            for bps, rows, bound in points:
-                writer.writerows((bps, row.rule, row.plain_s, row.codec_s, bound) for row in rows)
+            writer.writerow(
+                ("bps", "rule", "plain_s", "codec_s", "plain_bound_s", "bound_s", "codec")
+            )
+            for at in points:
+                ends = (at.plain_bound_s, at.bound_s, at.codec)
+                writer.writerows(
+                    (at.bps, row.rule, row.plain_s, row.codec_s, *ends) for row in at.rows
+                )
         yield path
     path = out / f"{name}.json"
     write_result(path, data)
     yield path
 
 
-def curve(spec: PlanFile, figure: FigurePart) -> Iterator[tuple[float, list[Row], float]]:
-    """The rows at each uplink rate, and the bound: rate, rows, bound."""
+def curve(spec: PlanFile, figure: FigurePart) -> Iterator[figures.AtRate]:
+    """The rows at each uplink rate, the bounds, and the codec that the plan chooses."""
     for bps in figure.bps:
         devices = tuple(
             group if group.bps is None else msgspec.structs.replace(group, bps=bps)
@@ -320,5 +327,5 @@ def curve(spec: PlanFile, figure: FigurePart) -> Iterator[tuple[float, list[Row]
         )
         air = None if spec.air is None else AirPart(bps * sum(group.count for group in devices))
         at = msgspec.structs.replace(spec, devices=devices, air=air)
-        found, rows = planned(at, case_of(at))
-        yield bps, rows, found.bound_s
+        found, plain, rows = planned(at, case_of(at))
+        yield figures.AtRate(bps, rows, found.plan.codec, plain.bound_s, found.bound_s)

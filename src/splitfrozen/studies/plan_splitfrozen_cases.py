@@ -85,8 +85,8 @@ class Case:
         """Makespan of a plan, s."""
         return self.replay(plan).makespan
 
-    def replay(self, plan: Plan, most_steps: int | None = None) -> Timeline:
-        """A plan's schedule in virtual time; with `most_steps`, the beginning of it."""
+    def replay(self, plan: Plan) -> Timeline:
+        """A plan's schedule in virtual time."""
         problem = self.problem
         knob = next(knob for knob in problem.knobs if knob.name == plan.codec)
         per_value = knob.bytes_per_token / self.setting.shape.width
@@ -95,7 +95,7 @@ class Case:
         setting = replace(self.setting, depths=plan.depth, wire=Wire(per_value), ahead=ahead)
         machines = {device.id: Machine(device.flops) for device in problem.devices}
         machines[SERVER] = Machine(problem.server.flops)
-        log = events("splitfrozen", setting, itertools.islice(self._steps(plan), most_steps))
+        log = events("splitfrozen", setting, self._steps(plan))
         if knob.encode_s:
             values_per_s = self.setting.shape.width / knob.encode_s
             machines |= {one.id + ENCODER: Machine(values_per_s) for one in problem.devices}

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from splitfrozen.config import Above0, Natural, Spec, Whole
+from splitfrozen.errors import WireError
 from splitfrozen.model.costs import FLOAT_BYTES
 from splitfrozen.planning.makespan import Knob, Medium, Subchannels
 from splitfrozen.simulation.experiment import SHAPES, MachineGroup, MachinePart, named
@@ -28,6 +29,7 @@ from splitfrozen.simulation.setting import Setting
 from splitfrozen.simulation.work import Counting
 from splitfrozen.studies.plan_file import bad
 from splitfrozen.studies.plan_splitfrozen_cases import Case, Flow, Party, case
+from splitfrozen.wire.codec import needs_side
 
 MEGA = 1e6
 MOST_DEVICES, MOST_SHARES = 1000, 10**6
@@ -69,13 +71,22 @@ class LimitsPart(Spec, frozen=True):
 
 
 class CodecPart(Spec, frozen=True):
-    """`bits`: of an activation's value on the wire. `accuracy_loss`: a fraction. `encode_mb_s`:
-    10^6 bytes of float32 a second on a device; left out where it takes no time."""
+    """`name`: as in a run's `wire.codec`. `bits`: of an activation's value on the wire.
+    `accuracy_loss`: a fraction. `encode_mb_s`: 10^6 bytes of float32 a second on a device; left
+    out where it takes no time."""
 
     name: str
     bits: Above0
     accuracy_loss: AtMost1 = 0.0
     encode_mb_s: Above0 | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            needs_side(self.name)
+        except WireError as error:
+            raise bad("codecs.name", error.got, error.allowed, error.remedy) from error
+        if "@" in self.name:
+            raise bad("codecs.name", repr(self.name), "a name without @", "leave the rest out")
 
 
 class AirPart(Spec, frozen=True):
@@ -144,7 +155,9 @@ class PlanFile(Spec, frozen=True):
                 raise bad(f"devices[{number}].paper_depth", group.paper_depth, allowed, "lower it")
             if (group.bps is None) == (self.air is None):
                 got = "a rate of its own beside [air]" if self.air else "neither a rate nor [air]"
-                raise bad(f"devices[{number}].bps", got, "one of the two", "give one of the two")
+                remedy = "remove it" if self.air else f"give {group.name} `bps`, or add [air]"
+                allowed = "`bps` in every group, or [air] for all"
+                raise bad(f"devices[{number}].bps", got, allowed, remedy)
         self._refuse_endless()
         if self.air is not None:
             _check_air(self.air, sum(group.count for group in self.devices))
@@ -154,7 +167,8 @@ class PlanFile(Spec, frozen=True):
     def _refuse_endless(self) -> None:
         devices = sum(group.count for group in self.devices)
         if devices > MOST_DEVICES:
-            raise bad("devices", devices, f"at most {MOST_DEVICES} together", "plan for a part")
+            remedy = f"take {devices - MOST_DEVICES} out, or join some to faster ones"
+            raise bad("devices", devices, f"at most {MOST_DEVICES} together", remedy)
         samples = sum(group.count * group.samples for group in self.devices)
         steps = max(1.0, samples / self.data.batch_size) * self.data.epochs
         if devices * steps > MOST_SHARES:
@@ -165,15 +179,29 @@ class PlanFile(Spec, frozen=True):
 
 def _check_air(air: AirPart, devices: int) -> None:
     if (air.bps is None) == (not air.rates):
-        raise bad("air", "not one of its two keys", "`bps` or `rates`", "give one of the two")
-    widths = {len(row) for row in air.rates}
-    if air.rates and (len(air.rates) != devices or len(widths) != 1 or not min(widths)):
-        got = f"{len(air.rates)} rows of {sorted(widths)} rates"
-        raise bad("air.rates", got, f"{devices} rows of one length, one a device", "mend it")
+        both = air.bps is not None
+        got, remedy = (
+            ("both of its keys", "remove one") if both else ("none of its keys", "add one")
+        )
+        raise bad("air", got, "`bps` of a medium, or `rates` of subchannels", remedy)
+    if not air.rates:
+        return
+    lacking = devices - len(air.rates)
+    if lacking:
+        remedy = f"add {lacking} rows" if lacking > 0 else f"remove {-lacking} rows"
+        raise bad("air.rates", f"{len(air.rates)} rows", f"{devices}, one a device", remedy)
+    width = len(air.rates[0])
+    for number, row in enumerate(air.rates):
+        if len(row) != width or not row:
+            allowed = f"{width or 'some'}, one a subchannel, as in the other rows"
+            raise bad(f"air.rates[{number}]", f"{len(row)} rates", allowed, "add or remove some")
 
 
 def case_of(spec: PlanFile) -> Case:
-    """The network of a file. Devices are sorted by name: [air] `rates` are in the file's order."""
+    """The network of a file, whose devices are sorted by name.
+
+    In a file [air] `rates` are in the order of [[devices]], as is all that is told of a plan.
+    """
     shape = SHAPES[spec.model.shape]()
     setting = Setting(shape, spec.model.rank, spec.model.cut, counting=spec.model.counting)
     flow = Flow(spec.data.tokens, spec.data.batch_size, spec.data.epochs, spec.data.reuse == "once")
