@@ -651,6 +651,7 @@ def test_join_goes_the_whole_way(
     assert outcome.exit_code == 0
     assert json.loads(json.dumps(outcome.data))["samples"] == 298
     assert outcome.data["skipped"] == 2
+    assert outcome.data["truncated"] == 0
     assert outcome.data["device"] == "device-0"
     said = server.last("/v1/announcement", Announcement)
     assert isinstance(said, Announcement)
@@ -670,6 +671,18 @@ def test_join_goes_the_whole_way(
     assert (enrolment.name, enrolment.token) == ("pi", "token")
     assert any(f"{data}:9: " in message for message in caplog.messages)
     assert "/v1/failure" not in server.posted
+
+
+def test_a_device_is_told_of_rows_that_are_cut(
+    server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "long.csv"
+    texts = [" ".join([WORDS[0]] * count) for count in (39, 40, 41, 200)]
+    path.write_text("text,label\n" + "".join(f"{text},no\n" for text in texts))
+    joined = be_device(request(server, path, tmp_path))
+    assert joined.truncated == 2
+    told = "2 of 4 rows cut to 40 tokens; raise task.max_tokens where the run is served"
+    assert told in caplog.messages
 
 
 def test_the_same_command_continues_without_measuring_or_computing_again(

@@ -153,6 +153,7 @@ JOIN = f"splitfrozen://token@192.0.2.7:8443/{FINGERPRINT}"
         (["export", "mine", "out"], 2, "never prepared"),
         (["demo", "--folder", "empty/file/demo"], 1, "Not a directory"),
         (["demo", "--folder", "mine"], 2, "something other than a demo"),
+        (["train", "misspelt.toml", "--set", "a=b"], 2, "unrecognized arguments: --set a=b"),
         (["prune"], 2, "invalid choice: 'prune'"),
         ([], 2, "COMMAND"),
     ],
@@ -179,6 +180,34 @@ def test_wrong_requests_end_with_a_message(
     assert said.keys() == {"error", "message"}
     assert message in said["message"]
     assert said["error"].endswith("Error")
+
+
+def test_a_commands_own_usage_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train", "run.toml", "--set", "a=b"], ["train"], ["train", "a", "b"]):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert "allowed: splitfrozen train [-h] [--json] [--verbose] RUN.toml;" in told
+        assert told.endswith("; see: splitfrozen train --help\n")
+    assert main(["--set", "a=b", "train", "run.toml"]) == 2
+    assert capsys.readouterr().err.endswith("; see: splitfrozen --help\n")
+
+
+@pytest.mark.parametrize("command", ["train", "partition"])
+def test_a_wrong_file_is_told_before_torch_is_loaded(here: Path, command: str) -> None:
+    path, without_torch = here / "run.toml", "sys.modules['torch'] = None"
+    for text, message in (
+        (SMALL + '[wire]\ncodec = "int4"\n', "did you mean int4:64?"),
+        (SMALL, "no [data] section"),
+        (SMALL + '[data]\ntrain = "none.csv"\n', "no such data"),
+    ):
+        path.write_text(text)
+        ended = shell(command, str(path), before=without_torch)
+        assert (ended.returncode, message in ended.stderr) == (2, True), ended.stderr
+    (here / "rows.csv").write_text("text,label\na,b\n")
+    path.write_text(SMALL + '[data]\ntrain = "rows.csv"\n')
+    ended = shell(command, str(path), before=without_torch)
+    assert "got an install without torch" in ended.stderr
+    assert "got an install without torch" in shell(command, str(here), before=without_torch).stderr
 
 
 def test_without_the_servers_packages_the_remedy_is_one_line() -> None:

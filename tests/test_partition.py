@@ -222,7 +222,7 @@ def test_the_table_counts_classes(write: Callable[..., Path], capsys: Any) -> No
         ("device-01", "w1"),
     ]
     assert found["devices"][0]["classes"] == {"a": 5, "$b^": 5, "c": 5}
-    assert (found["samples"], found["skipped"]) == (30, 0)
+    assert (found["samples"], found["skipped"], found["truncated"]) == (30, 0, 0)
     assert found["files"] == [str(out / "device-00.jsonl"), str(out / "device-01.jsonl")]
     rows = [json.loads(line) for line in (out / "device-01.jsonl").read_text().splitlines()]
     assert rows == [
@@ -233,6 +233,15 @@ def test_the_table_counts_classes(write: Callable[..., Path], capsys: Any) -> No
     shown = capsys.readouterr().out
     assert "device-01  w1         15      30  5    5  5" in shown
     assert "30 samples, by column 'who', 0 rows left out" in shown
+    assert "task.max_tokens" not in shown
+
+
+def test_rows_that_are_cut_are_counted(write: Callable[..., Path]) -> None:
+    path = write("rows = 7")
+    path.write_text(path.read_text().replace("max_tokens = 16", "max_tokens = 1"))
+    found = partition(path, None, None)
+    assert found.data["truncated"] == 7
+    assert found.text.endswith("\n7 of 7 rows cut to 1 tokens; raise task.max_tokens")
 
 
 @pytest.mark.parametrize("data", ['partition = "dirichlet"\nalpha = 0.1', 'partition = "quantity"'])

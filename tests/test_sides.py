@@ -117,8 +117,14 @@ def test_it_sends_far_less(folder: Path) -> None:
     assert sizes[1] < sizes[0] / 10
 
 
-def test_the_same_run_has_the_same_side_data(folder: Path) -> None:
+def test_the_same_run_has_the_same_side_data(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "splitfrozen")
     train(write_run(folder, "ecsq:0.5", "again"))
+    told = [message for message in caplog.messages if message.startswith("ecsq:0.5 at depth")]
+    assert len(told) == 2
+    assert all(one.endswith("; targets and the heads of chunks come on top") for one in told)
     one, other = (RunFolder(folder / name).prepared() for name in ("coded", "again"))
     assert one is not None
     assert other is not None

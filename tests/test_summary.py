@@ -93,15 +93,10 @@ def test_a_new_run_has_nothing_to_show(run: RunFolder, registry: Registry, store
     shown = summary.text(data)
     assert lines(shown)["device-00"].split() == [
         "device-00",
-        "-",
-        "-",
-        "-",
         "0",
         "0.00",
-        "-",
-        "-",
-        "-",
     ]
+    assert lines(shown)["device"].split() == ["device", "stored", "MB", "sent"]
     assert shown.endswith("\nrun     preparing")
 
 
@@ -122,6 +117,7 @@ def test_a_trained_run_is_told_with_its_best_epoch(
     assert (device["announced"], device["skipped"], device["samples"]) == (40, 2, 0)
     assert (device["seconds"], device["forecast_seconds"]) == (12.5, 20.25)
     shown = lines(summary.text(data))
+    assert "purged" not in shown["device-00"]
     columns = ["device-01", "kitchen", "2", "40", "0", "3.00", "2.50", "12.5", "20.2"]
     assert shown["device-01"].split() == columns
     assert shown["after"].split(" ", 1)[1].strip() == "accuracy 0.7500, f1 0.2000, loss 0.9000"
@@ -169,6 +165,22 @@ def test_the_end_of_serve_has_a_plot_where_there_is_something_to_draw(
     assert told.data["plot"] == str(run.root / "curves.png")
     assert f"plot    {run.root / 'curves.png'}" in told.text
     assert told.exit_code == 0
+
+
+def test_paths_are_told_from_the_working_directory(
+    run: RunFolder, registry: Registry, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run)
+    told = summary.outcome(run, registry, store)
+    monkeypatch.chdir(run.root.parent)
+    shown = lines(summary.text(told.data))
+    assert shown["adapter"] == "adapter mine/training/best"
+    assert shown["plot"] == "plot    mine/curves.png"
+    assert told.data["adapter"] == str(run.training / "best"), "programs get whole paths"
+    monkeypatch.chdir(run.training)
+    assert lines(summary.text(told.data))["plot"] == f"plot    {run.root / 'curves.png'}"
+    relative = {**told.data, "plot": "mine/curves.png"}
+    assert lines(summary.text(relative))["plot"] == "plot    mine/curves.png"
 
 
 @pytest.mark.parametrize("name", ["$x_$", "a$\\frac{$", "$$", "a_b^c", "100% {}"])
@@ -273,6 +285,10 @@ def test_progress_is_of_samples_then_of_steps(
     run: RunFolder, registry: Registry, store: Store
 ) -> None:
     join(registry, "device-00", "a")
+    assert summary.line(run, registry, store) == (
+        "preparing: 1 of 3 devices joined; the server is preparing the model, and devices wait "
+        "for it"
+    )
     registry.set_state("receiving")
     line = summary.line(run, registry, store)
     assert line == (

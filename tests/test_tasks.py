@@ -18,7 +18,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from splitfrozen.data.readers import BadRow, Row
-from splitfrozen.data.tasks import announce, build_samples, encode_prompt
+from splitfrozen.data.tasks import announce, build_samples, encode_prompt, truncation
 from splitfrozen.errors import ConfigError, DataError
 from splitfrozen.records import IGNORED, Sample, TaskSpec
 
@@ -246,6 +246,31 @@ def test_an_empty_second_text_is_a_bad_row():
     assert bad[0].reason == "`pair` is empty"
 
 
+@pytest.mark.parametrize(("paired", "separator"), [(False, None), (True, None), (True, 5)])
+@pytest.mark.parametrize("make", [bert, gpt2, llama])
+def test_rows_that_lose_their_end_say_so(make, paired: bool, separator: int | None):
+    columns = {"text": "text", "label": "label"} | ({"pair": "pair"} if paired else {})
+    given = rows(*({"text": a, "pair": b, "label": "yes"} for a, b in PAIRS))
+
+    def built(most: int) -> list[Sample]:
+        task = classification(columns=columns, max_tokens=most, separator=separator)
+        return build(given, task, make())[0]
+
+    whole = [sample.length for sample in built(500)]
+    seen = set()
+    for most in {8, 16, *whole, *(max(length - 1, 5) for length in whole)}:
+        truncated = [sample.truncated for sample in built(most)]
+        assert truncated == [length > most for length in whole]
+        seen |= set(truncated)
+    assert seen == {False, True}
+
+
+def test_people_are_told_of_rows_that_lost_their_end():
+    told = truncation(60, 61, 64)
+    assert told == "60 of 61 rows cut to 64 tokens; raise task.max_tokens"
+    assert truncation(0, 61, 64) == ""
+
+
 def test_max_tokens_must_leave_room():
     with pytest.raises(ConfigError, match=r"got 2; allowed: more than the 2 special tokens"):
         build_samples([], classification(max_tokens=2), bert(), print)
@@ -285,11 +310,16 @@ def test_a_long_completion_is_cut_and_a_long_prompt_is_a_bad_row():
     )
     (sample,), bad = build(given, causal(max_tokens=12, end=0), tokenizer)
     assert sample.length == 12
+    assert sample.truncated
     assert sample.targets[-1] == IGNORED
     assert sample.targets[-2] == sample.tokens[-1] != 0
     assert bad[0].line == 3
     assert "`prompt` has" in bad[0].reason
     assert "the 12 of task.max_tokens" in bad[0].reason
+    whole = build(given[:1], causal(max_tokens=500, end=0), tokenizer)[0][0].length
+    for most, truncated in ((whole, False), (whole - 1, True)):
+        (sample,), _ = build(given[:1], causal(max_tokens=most, end=0), tokenizer)
+        assert sample.truncated == truncated
     edge = len(tokenizer.encode("The cat").ids) + 1
     (sample,), _ = build(given[:1], causal(max_tokens=edge), tokenizer)
     assert (sample.targets != IGNORED).sum() == 1

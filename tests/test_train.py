@@ -471,6 +471,35 @@ def test_bad_rows_are_left_out_and_counted(write_run: Callable[..., Path]) -> No
     assert "3 rows left out" in outcome.text
 
 
+def test_rows_that_are_cut_are_counted(
+    write_run: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_run()
+    told = train(path)
+    assert told.data["truncated"] == 0
+    assert "task.max_tokens" not in told.text
+    caplog.clear()
+    path = changed(write_run(), 'folder = "run"', 'folder = "short"')
+    outcome = train(changed(path, "max_tokens = 32", "max_tokens = 6"))
+    lengths = [
+        len(json.loads(line)["text"].split())
+        for line in (path.parent / "train.jsonl").read_text().splitlines()
+    ]
+    cut = sum(length > 6 for length in lengths)  # The tests' tokenizer knows whole words.
+    assert 0 < cut < sum(SIZES)
+    assert outcome.data["truncated"] == cut
+    message = f"{cut} of {sum(SIZES)} rows cut to 6 tokens; raise task.max_tokens"
+    assert outcome.text.endswith(f"\n        {message}")
+    assert caplog.messages.count(message) == 1
+    assert message in train(path).text, "it is told of a run that was done already"
+
+
+def test_columns_that_say_nothing_are_left_out(write_run: Callable[..., Path]) -> None:
+    header = train(write_run()).text.splitlines()[0].split("  ")
+    names = [name.strip() for name in header if name]
+    assert names == ["device", "name", "depth", "samples", "stored", "MB sent", "seconds"]
+
+
 def test_rows_that_are_all_bad_are_an_error(write_run: Callable[..., Path]) -> None:
     path = write_run()
     (path.parent / "train.jsonl").write_text('{"text": "", "label": "a", "who": "b"}\n')
@@ -512,7 +541,7 @@ def test_what_only_train_does_is_not_served(
 ) -> None:
     path = write_run(method)
     with pytest.raises(ConfigError, match=f"method.{key}.*splitfrozen train"):
-        serve(path)
+        serve(path, hide_joins=True)
     assert not (path.parent / "run").exists()
 
 
@@ -522,7 +551,7 @@ def test_served_and_trained_runs_are_not_mixed(write_run: Callable[..., Path]) -
     with closing(Registry(path.parent / "run")) as registry:
         registry.set_state("stopped")
     with pytest.raises(ConfigError, match=r"begun in one process.*splitfrozen train"):
-        serve(path)
+        serve(path, hide_joins=True)
     (path.parent / "run" / "address.json").touch()
     with pytest.raises(ConfigError, match=r"is served.*splitfrozen serve"):
         train(path)

@@ -15,10 +15,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from splitfrozen import __version__, logs, threads
 from splitfrozen.errors import ConfigError, RequestError, SplitFrozenError
@@ -37,12 +37,17 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`target` is called with the arguments by keyword and returns an `Outcome`."""
+    """`target` is called with the arguments by keyword and returns an `Outcome`.
+
+    `reads` is called before that with the argument `source`, where that is a file: what is wrong
+    with it is told before `target` is loaded, which takes seconds where torch comes with it.
+    """
 
     name: str
     help: str
     target: str
     arguments: tuple[Argument, ...] = ()
+    reads: str = ""
 
 
 def _arg(*flags: str, **options: object) -> Argument:
@@ -66,7 +71,10 @@ COMMANDS = (
         "serve",
         "start (or continue) a run; prints one join string for each device",
         "splitfrozen.runs.serve:serve",
-        (_arg("source", type=Path, metavar="RUN.toml", help="the run's file, or its folder"),),
+        (
+            _arg("source", type=Path, metavar="RUN.toml", help="the run's file, or its folder"),
+            _arg("--hide-joins", action="store_true", help="print no join strings"),
+        ),
     ),
     Command(
         "join",
@@ -94,6 +102,7 @@ COMMANDS = (
         "a whole run in one process, with any method",
         "splitfrozen.runs.train:train",
         (_arg("source", type=Path, metavar="RUN.toml", help="the run's file, or its folder"),),
+        reads="splitfrozen.runs.rows:load",
     ),
     Command(
         "partition",
@@ -104,6 +113,7 @@ COMMANDS = (
             _arg("--plot", type=Path, metavar="FILE.png", help="draw the classes of each device"),
             _arg("--out", type=Path, metavar="FOLDER", help="write each device's rows, for `join`"),
         ),
+        reads="splitfrozen.runs.rows:load",
     ),
     Command(
         "compare",
@@ -137,7 +147,7 @@ COMMANDS = (
         "depths, codec, bandwidth, subchannels, power, split, rank: what is best on a network",
         "splitfrozen.studies.plan:plan",
         (
-            _arg("source", type=Path, metavar="NETWORK.toml", help="the problem's file"),
+            _arg("source", type=Path, metavar="FILE.toml", help="the problem's file"),
             _arg("--run", type=Path, metavar="RUN.toml", help="write this run with the plan in it"),
             _arg("--out", type=Path, metavar="FOLDER", help="write figures and their data"),
         ),
@@ -233,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = next(command for command in COMMANDS if command.name == name)
         logs.start(logging.DEBUG if verbose else logging.INFO)
         threads.one_for_numpy()
+        read_first(command, arguments)
         outcome = resolve(command)(**arguments)
         text = dump(outcome.data) if as_json else outcome.text
         print(text, flush=True)
@@ -257,6 +268,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """Wrong usage is an error like any other, with `--json` too."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here: a command's parser knows the command's usage."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(
             "the command line is wrong",
@@ -266,11 +284,16 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+def read_first(command: Command, arguments: Mapping[str, Any]) -> None:
+    """Raise what a command's file is refused for; folders and pipes are left to the command."""
+    if command.reads and (arguments["source"].is_file() or not arguments["source"].exists()):
+        _load(command.reads)(arguments["source"])
+
+
 def resolve(command: Command) -> Callable[..., Outcome]:
     """Load the function behind a command. Raises RequestError where its packages are missing."""
-    module, _, function = command.target.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        return _load(command.target)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("splitfrozen"):
             raise
@@ -280,6 +303,11 @@ def resolve(command: Command) -> Callable[..., Outcome]:
             allowed="the server install",
             remedy="run: pip install 'splitfrozen[server]'",
         ) from error
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def dump(data: object) -> str:

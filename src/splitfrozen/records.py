@@ -51,6 +51,7 @@ class Sample:
         targets: int32 [1], the label, for classification and images; int32 [T] for causal_lm:
             `targets[t]` is the token to predict at position t, or IGNORED.
         length: T, what the sample costs; for an image its number of patches plus prefix tokens.
+        truncated: whether the row had more than `TaskSpec.max_tokens` and lost its end.
     """
 
     id: int
@@ -59,6 +60,7 @@ class Sample:
     pixels: Floats | None
     targets: Ints
     length: int
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -359,6 +359,9 @@ def test_int4_rounds_to_half_a_step_of_its_group():
         # Numbers in another spelling: no other number is meant.
         *(("ecsq:2.50", "ecsq:2.5"), ("topk:.3:08:token", "topk:0.3:8:token")),
         *(("int4:0128", "int4:128"), ("topk:0.1234567:8", "topk:0.123457:8")),
+        # None given: an example.
+        *(("int4", "int4:64"), ("int4+zlib", "int4:64+zlib"), ("ecsq", "ecsq:1.5")),
+        *(("topk", "topk:0.2:8"), ("topk:token", "topk:0.2:8:token"), ("ecsq:2+zstd", "ecsq:2")),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(name: str, near: str):
@@ -366,6 +369,24 @@ def test_an_unknown_name_gets_the_nearest(name: str, near: str):
         codec(name)
     assert name in str(caught.value)
     assert f"did you mean {near}?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("int4:1000000", "int4:GROUP[+zlib|+zstd] (GROUP 8 to 65536)"),
+        ("int4:7+zstd", "int4:GROUP[+zlib|+zstd] (GROUP 8 to 65536)"),
+        ("topk:2:8", "LEVELS 2 to 256)"),
+        ("ecsq:0", "ecsq:STEP (STEP 0.01 to 100)"),
+    ],
+)
+def test_numbers_that_are_wrong_are_told_their_range(name: str, allowed: str):
+    with pytest.raises(WireError) as caught:
+        codec(name)
+    form = name[:4]
+    assert caught.value.allowed.startswith(f"{form}:")
+    assert caught.value.allowed.endswith(allowed)
+    assert caught.value.remedy.startswith(f"mend what follows {form}, as in {form}:")
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,10 @@ def serve(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+def _joins(run: Path) -> list[str]:
+    return (run / "join.txt").read_text().split()
+
+
 def interrupt_early(run_toml: Path) -> None:
     """Ctrl-C while the run is being prepared: it ends, says so, and does not count as done."""
     root, log = run_toml.parent / "run", run_toml.parent / "interrupted.log"
@@ -331,6 +335,7 @@ def interrupt_early(run_toml: Path) -> None:
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 1
     assert "stopped; the same command continues" in log.read_text()
+    assert all(f"splitfrozen join {j} --data" in log.read_text() for j in _joins(root))
     assert "Traceback" not in log.read_text()
     assert (run.holder("serve"), run.holder("worker")) == (None, None)
 
@@ -347,12 +352,13 @@ def test_a_run_survives_what_people_do_to_it(
     run, task = tmp_path / "run", 'labels = ["no", "yes"]'
     run_toml = write_run(tmp_path, 2, task=task, depth=[1, 1], cut=1)
     interrupt_early(run_toml)
-    joins = (run / "join.txt").read_text().split()
+    joins = _joins(run)
+    assert len(joins) == 2
+    arguments = ["serve", str(run_toml), "--hide-joins", "--json"]
     with (
         (tmp_path / "serve.json").open("w") as output,
-        process(
-            [sys.executable, "serve", str(run_toml), "--json"], stdout=output, stderr=None
-        ) as server,
+        (tmp_path / "serve.log").open("w") as told,
+        process([sys.executable, *arguments], stdout=output, stderr=told) as server,
     ):
         while RunFolder(run).holder("serve") is None:
             assert server.poll() is None
@@ -383,6 +389,9 @@ def test_a_run_survives_what_people_do_to_it(
             ended = device(join, source, tmp_path / "state")
             assert ended.returncode == 0, ended.stderr
         assert server.wait(60) == 0
+    log = (tmp_path / "serve.log").read_text()
+    assert "join strings, one for each device, are in" in log
+    assert "splitfrozen://" not in log, "--hide-joins was given"
     summary = json.loads((tmp_path / "serve.json").read_text())
     check_run(summary, (15, 15), [{1}] * 2)
 

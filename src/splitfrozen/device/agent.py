@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from splitfrozen import __version__
 from splitfrozen.data.readers import BadRow, read_rows
-from splitfrozen.data.tasks import announce, build_samples
+from splitfrozen.data.tasks import announce, build_samples, truncation
 from splitfrozen.device import probe
 from splitfrozen.device.front import OnnxFront
 from splitfrozen.device.patience import Patience
@@ -83,12 +83,16 @@ class JoinRequest:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What came of it: `report` is about this process, the rest about the device."""
+    """What came of it: `report` is about this process, the rest about the device.
+
+    `truncated`: rows that were cut to the run's `task.max_tokens`.
+    """
 
     device: Enrolled
     depth: int
     announced: Announcement
     report: DeviceReport
+    truncated: int
 
 
 def join_command(
@@ -124,6 +128,7 @@ def join_command(
             "depth": joined.depth,
             "samples": said.samples,
             "skipped": said.skipped,
+            "truncated": joined.truncated,
             "seconds": report.seconds,
             "compute_s": report.compute_s,
             "encode_s": report.encode_s,
@@ -190,7 +195,8 @@ def _attend(
     with closing(Progress(len(samples))) as progress:
         report = upload_all(Work(samples, chunks, pilot), HttpUploader(client), progress, stop)
     client.post("/v1/report", report)
-    return Joined(device, pilot.depth, said, report)
+    truncated = sum(sample.truncated for sample in samples)
+    return Joined(device, pilot.depth, said, report, truncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +294,9 @@ def _read_data(
         )
     state.write("announcement", said)
     _log.info("%d samples of %d tokens, %d rows left out", said.samples, said.tokens, skipped)
+    cut = sum(sample.truncated for sample in samples)
+    if told := truncation(cut, said.samples, task.max_tokens):
+        _log.warning("%s where the run is served", told)
     return samples, said
 
 

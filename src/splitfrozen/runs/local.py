@@ -34,11 +34,10 @@ def run_locally(
 
     Raises SplitFrozenError where the server or a device fails.
     """
+    serve = [sys.executable, "serve", str(run_toml)]
     with ExitStack() as stack:
         output = stack.enter_context((folder / "serve.json").open("w"))
-        server = stack.enter_context(
-            process([sys.executable, "serve", str(run_toml), "--json"], output, None)
-        )
+        server = stack.enter_context(process([*serve, "--hide-joins", "--json"], output, None))
         joins = _wait_for_joins(folder / "run" / "join.txt", server)
         log.info("starting %d device processes", len(data))
         devices = [

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from splitfrozen import config
-from splitfrozen.data.readers import read_rows
+from splitfrozen.data.tasks import truncation
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import ConfigError, RequestError
 from splitfrozen.records import Outcome
 from splitfrozen.runs import summary
 from splitfrozen.runs.prepare import load_sliced, task_alone
-from splitfrozen.runs.rows import Portion, data_of, gather
+from splitfrozen.runs.rows import Portion, data_of, gather, load
 
 SHOWN_CLASSES = 12
 """With more of them the table says only how many classes a device has, and the plot no names."""
@@ -70,9 +69,8 @@ def partition(source: Path, plot: Path | None, out: Path | None) -> Outcome:
             rows are good, cannot be loaded.
         RequestError: fewer samples than devices; or `out` is in the way.
     """
-    wanted = config.load(source)
+    wanted = load(source)
     data = data_of(wanted)
-    read_rows(data.train, {}, report=lambda _: None)
     _check_targets(plot, out)
     task, tokenizer = task_alone(wanted, load_sliced(wanted))
     gathered = gather(wanted, task, tokenizer)
@@ -83,14 +81,17 @@ def partition(source: Path, plot: Path | None, out: Path | None) -> Outcome:
     ]
     how = _SAID[data.partition].format(alpha=data.alpha, column=data.column)
     total = sum(share.samples for share in shares)
+    cut = sum(sample.truncated for portion in gathered.portions for sample in portion.samples)
     found: dict[str, Any] = {
         "partition": data.partition,
         "samples": total,
         "skipped": gathered.skipped,
+        "truncated": cut,
         "devices": [dataclasses.asdict(share) for share in shares],
     }
     lines = [_table(shares, task.labels), ""]
     lines.append(f"{total} samples, {how}, {gathered.skipped} rows left out")
+    lines += [truncation(cut, total, task.max_tokens)] if cut else []
     if out is not None:
         files = _write(out, shares, gathered.portions, task.columns)
         found["files"] = [str(path) for path in files]

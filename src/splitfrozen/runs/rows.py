@@ -10,14 +10,16 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from splitfrozen import rng
 from splitfrozen.config import Config, DataSpec
+from splitfrozen.config import load as load_config
 from splitfrozen.data.partition import by_value, dirichlet, iid, quantity
-from splitfrozen.data.readers import BadRow, Row, read_rows
+from splitfrozen.data.readers import BadRow, Row, read_rows, refuse_missing
 from splitfrozen.data.tasks import build_samples
 from splitfrozen.errors import ConfigError, DataError
 from splitfrozen.records import Ints, Sample, TaskSpec
@@ -49,6 +51,16 @@ class Gathered:
 
     portions: tuple[Portion, ...]
     skipped: int
+
+
+def load(source: Path) -> Config:
+    """A run's file, whose rows are there. It takes no time: no library for models is loaded.
+
+    Raises ConfigError; DataError where the rows are not there.
+    """
+    wanted = load_config(source)
+    refuse_missing(data_of(wanted).train)
+    return wanted
 
 
 def data_of(config: Config) -> DataSpec:

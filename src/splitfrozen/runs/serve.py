@@ -59,11 +59,12 @@ SHOWN_JOINS = 20
 """More of them are in join.txt only."""
 
 
-def serve(source: Path) -> Outcome:
+def serve(source: Path, hide_joins: bool) -> Outcome:
     """Serve a run until it is done or stopped.
 
     Args:
         source: the run's TOML file, or its folder.
+        hide_joins: leave the join strings to join.txt.
 
     Raises:
         ConfigError: the file, or it differs from the run that its folder holds.
@@ -80,7 +81,7 @@ def serve(source: Path) -> Outcome:
         contextlib.closing(Registry(run.root)) as registry,
         contextlib.closing(Store(run.store, codecs=run.codecs)) as store,
     ):
-        return _Server(run, registry, store).run()
+        return _Server(run, registry, store, hide_joins).run()
 
 
 def _refuse_what_train_does(wanted: Config) -> None:
@@ -110,10 +111,11 @@ def _refuse_trained(run: RunFolder) -> None:
 class _Server:
     """One `serve`, from the certificate to the summary."""
 
-    def __init__(self, run: RunFolder, registry: Registry, store: Store) -> None:
+    def __init__(self, run: RunFolder, registry: Registry, store: Store, hide_joins: bool) -> None:
         self._run = run
         self._registry = registry
         self._store = store
+        self._hide_joins = hide_joins
         self._assigning = Assigning(run, registry, store)
         self._prepared: Prepared | None = None
         self._stopping = threading.Event()
@@ -325,6 +327,7 @@ class _Server:
         log.info("listening on %s port %d", address.host, address.port)
         if joins:
             log.info("join strings, one for each device, are in %s", path)
+        if joins and not self._hide_joins:
             # Not logged: they are secrets, and logs are passed on.
             shown = [f"  splitfrozen join {join} --data FILE\n" for join in joins[:SHOWN_JOINS]]
             more = f"  ... and {len(joins) - SHOWN_JOINS} more\n" if joins[SHOWN_JOINS:] else ""

@@ -66,7 +66,8 @@ def fit_sides(
         tokens = sum(sample.length for sample in samples)
         rates[depth] = sum(len(chosen.encode(hidden)) for hidden in compute()) / tokens
         log.info(
-            "%s at depth %d: %.0f bytes a token, %.1f times less than float32",
+            "%s at depth %d: %.1f bytes a token, %.1f times less than float32; targets and the "
+            "heads of chunks come on top",
             name,
             depth,
             rates[depth],

@@ -95,7 +95,7 @@ def text(data: dict[str, Any]) -> str:
         for device in data["devices"]
     ]
     # Other methods' devices keep nothing on the server.
-    lines = [table(header, rows), ""] if data["method"] == "splitfrozen" else []
+    lines = [table(*_without_empty(header, rows)), ""] if data["method"] == "splitfrozen" else []
     lines += [
         f"{device['id']} failed: {printable(_cut(device['failure']))}"
         for device in data["devices"]
@@ -104,8 +104,8 @@ def text(data: dict[str, Any]) -> str:
     for when in ("before", "after"):
         values = ", ".join(f"{name} {value:.4f}" for name, value in data[when].items())
         lines += [f"{when:<7} {values}"] if values else []
-    lines += [f"adapter {data['adapter']}"] if data["adapter"] else []
-    lines += [f"plot    {data['plot']}"] if "plot" in data else []
+    lines += [f"adapter {_near(data['adapter'])}"] if data["adapter"] else []
+    lines += [f"plot    {_near(data['plot'])}"] if "plot" in data else []
     lines.append(f"run     {data['state']}" + (f": {data['error']}" if data["error"] else ""))
     return "\n".join(lines)
 
@@ -116,10 +116,15 @@ def line(run: RunFolder, registry: Registry, store: Store) -> str:
     if state == "training" and (began := _events(run, "training", "steps")):
         return f"training: step {_steps(run)} of {began[-1]['steps']}"
     rows = [row for row in registry.devices() if not row.revoked]
+    joined = sum(row.enrolled_at is not None for row in rows)
+    if state == "preparing":
+        return (
+            f"{state}: {joined} of {len(rows)} devices joined; the server is preparing the model, "
+            "and devices wait for it"
+        )
     totals = store.totals()
     announced = sum(row.announcement.samples for row in rows if row.announcement is not None)
     stored = sum(total.samples for total in totals.values())
-    joined = sum(row.enrolled_at is not None for row in rows)
     text = (
         f"{state}: {joined} of {len(rows)} devices joined, {stored} of {announced} samples stored"
     )
@@ -138,6 +143,15 @@ def _lacks(row: DeviceRow, totals: Mapping[str, Totals]) -> str:
         return "not joined" if row.enrolled_at is None else "reading its data"
     stored = totals.get(row.id, NOTHING).samples
     return f"{stored} of {row.announcement.samples}" if stored < row.announcement.samples else ""
+
+
+def _without_empty(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that say nothing of anybody."""
+    empty = {i for i in range(len(header)) if rows and all(row[i] in ("", "-") for row in rows)}
+    kept = [i for i in range(len(header)) if i not in empty]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -283,6 +297,12 @@ def _adapter(run: RunFolder) -> str | None:
 def printable(text: str) -> str:
     """What a device says may hold control characters, which a terminal would obey."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _near(path: str) -> str:
+    """A path from the working directory, where it lies below it."""
+    below = Path(path).is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd())) if below else path
 
 
 def _cut(text: str) -> str:

@@ -28,7 +28,7 @@ from splitfrozen import __version__, config, logs
 from splitfrozen.config import Config
 from splitfrozen.data.readers import refuse_missing
 from splitfrozen.data.samples import SampleSource
-from splitfrozen.data.tasks import announce
+from splitfrozen.data.tasks import announce, truncation
 from splitfrozen.errors import ConfigError, DataError, SplitFrozenError
 from splitfrozen.methods.bench import Bench, Built
 from splitfrozen.methods.parts import Whole
@@ -134,13 +134,17 @@ def _assemble(run: RunFolder, registry: Registry, store: Store) -> Workplace:
     prepared = prepare(run, sliced, export=False)
     gathered = gather(run.config, prepared.task, open_tokenizer(run, prepared))
     devices = _join(run, registry, prepared, gathered)
+    samples = [sample for device in devices for sample in device.samples]
     log.info(
         "%d samples on %d devices, %d rows left out",
-        sum(len(device.samples) for device in devices),
+        len(samples),
         len(devices),
         gathered.skipped,
     )
-    run.report({"event": "data", "skipped": gathered.skipped, "time": time.time()})
+    read = {"skipped": gathered.skipped, "truncated": sum(one.truncated for one in samples)}
+    if told := truncation(read["truncated"], len(samples), prepared.task.max_tokens):
+        log.warning("%s", told)
+    run.report({"event": "data", "samples": len(samples), **read, "time": time.time()})
     return Workplace(run, registry, store, sliced, prepared, devices)
 
 
@@ -327,6 +331,7 @@ def _outcome(run: RunFolder, registry: Registry, store: Store, seconds: float) -
         "method": run.config.method.name,
         "samples": began.get("samples"),
         "skipped": read.get("skipped"),
+        "truncated": read.get("truncated"),
         "bytes": _bytes(run, registry),
         "seconds": round(seconds, 2),
     }
@@ -335,6 +340,8 @@ def _outcome(run: RunFolder, registry: Registry, store: Store, seconds: float) -
     )
     text = f"{found.text}\nmethod  {run.config.method.name}, {sent or 'nothing'} sent"
     text += f"\n        {seconds:.1f} s, {read.get('skipped', 0)} rows left out"
+    if cut := read.get("truncated"):
+        text += f"\n        {truncation(cut, read['samples'], run.config.task.max_tokens)}"
     if registry.state().state == "done":
         return Outcome(data, text)
     log.info("stopped; the same command continues")

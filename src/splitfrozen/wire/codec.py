@@ -18,6 +18,7 @@ stream of bits that is not what it should be is a WireError, found before memory
 from __future__ import annotations
 
 import difflib
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,12 +48,15 @@ _ENDS = tuple(f"+{method}" for method in entropy.METHODS)
 CODECS = tuple(f"{form}{end}" for form in NUMBERS for end in ("", *_ENDS))
 """All names without parameters."""
 
-FORMS = (
-    *(f"{form}[+zlib|+zstd]" for form in NUMBERS),
-    f"int4:GROUP[+zlib|+zstd] (GROUP {int4.LEAST_GROUP} to {int4.LARGEST_GROUP})",
-    f"topk:RATE:LEVELS[:token] (RATE above 0, at most 1; LEVELS 2 to {topk.LEVELS})",
-    f"ecsq:STEP (STEP {ecsq.LEAST_STEP} to {ecsq.LARGEST_STEP})",
-)
+_WITH_NUMBERS = {
+    "int4": f"int4:GROUP[+zlib|+zstd] (GROUP {int4.LEAST_GROUP} to {int4.LARGEST_GROUP})",
+    "topk": f"topk:RATE:LEVELS[:token] (RATE above 0, at most 1; LEVELS 2 to {topk.LEVELS})",
+    "ecsq": f"ecsq:STEP (STEP {ecsq.LEAST_STEP} to {ecsq.LARGEST_STEP})",
+}
+
+_EXAMPLES = {"int4": "int4:64", "topk": "topk:0.2:8", "ecsq": "ecsq:1.5"}
+
+FORMS = (*(f"{form}[+zlib|+zstd]" for form in NUMBERS), *_WITH_NUMBERS.values())
 """All names there are, for people."""
 
 
@@ -142,17 +146,28 @@ def _spelt(name: str) -> Format | _Unfitted:
     """What a name spells. Raises WireError."""
     found = _parsed(name)
     if found is None:
-        examples = (*CODECS, "int4:64", "topk:0.2:8", "ecsq:1.5")
-        # Another number than the one that was meant is no help.
-        meant = _respelt(name)
-        near = [meant] if _parsed(meant) else difflib.get_close_matches(name, examples, n=1)
+        form = re.split("[:+@]", name, maxsplit=1)[0]
         raise WireError(
             "there is no such codec",
             got=repr(name[:100]),
-            allowed=", ".join(FORMS),
-            remedy=f"did you mean {near[0]}?" if near else "choose one of these",
+            allowed=_WITH_NUMBERS.get(form, ", ".join(FORMS)),
+            remedy=_remedy(name, form),
         )
     return found
+
+
+def _remedy(name: str, form: str) -> str:
+    """What to write in place of a name that is none. `form`: what it begins with."""
+    near = [_respelt(name)]
+    if form in _EXAMPLES:
+        # Another number than the one that was meant is no help: an example is for who gave none.
+        near += [_EXAMPLES[form] + name.removeprefix(form), name.partition("+")[0]]
+        otherwise = f"mend what follows {form}, as in {_EXAMPLES[form]}"
+    else:
+        near += difflib.get_close_matches(name, (*CODECS, *_EXAMPLES.values()), n=1)
+        otherwise = "choose one of these"
+    meant = next((one for one in near if _parsed(one)), None)
+    return f"did you mean {meant}?" if meant else otherwise
 
 
 def _parsed(name: str) -> Format | _Unfitted | None:
