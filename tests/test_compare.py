@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -356,6 +356,37 @@ def test_every_method_tries_the_same_rates(folder: Path) -> None:
         "unshuffled": 2e-3,
     }
     assert {(row["method"], row["lr"]) for row in rows_of(found)} == set(rates.items())
+
+
+def test_trials_of_a_dataset_may_be_of_another_size(folder: Path) -> None:
+    (folder / "other.jsonl").write_text((folder / "train.jsonl").read_text())
+    path = changed(
+        folder,
+        '[[partition]]\nname = "iid"',
+        '[[dataset]]\nname = "other"\ndata.train = "other.jsonl"\n'
+        "tune = { epochs = 2, rows = 12, held_out = 6 }\n\n"
+        '[[partition]]\nname = "iid"',
+    )
+
+    def trials(settings: Sequence[str]) -> dict[str, set[tuple[int, int, int]]]:
+        runner = Fake()
+        ran(grid.load(path, settings), runner)
+        found: dict[str, set[tuple[int, int, int]]] = {}
+        for cell in (one for one in runner.trained if one.tuning):
+            made = cell.config
+            assert made.data is not None
+            assert made.task.eval is not None
+            sizes = [
+                len(Path(p).read_text().split("\n")) - 1 for p in (made.data.train, made.task.eval)
+            ]
+            found.setdefault(cell.dataset, set()).add((made.train.epochs, *sizes))
+        return found
+
+    assert trials([]) == {"tiny": {(1, 20, 10)}, "other": {(2, 12, 6)}}
+    every = ["tune.epochs=3", "tune.rows=8", "experiment.folder=more"]
+    assert trials(every) == {"tiny": {(3, 8, 10)}, "other": {(3, 8, 6)}}
+    with pytest.raises(ConfigError, match="rates"):
+        grid.load(changed(folder, "[[partition]]", "tune.rates = [1.0]\n\n[[partition]]"))
 
 
 def test_a_search_that_ends_at_its_border_goes_on(folder: Path) -> None:

@@ -33,7 +33,7 @@ from splitfrozen.studies import findings, grid, plots
 from splitfrozen.studies.cells import Cells, Progress, Result, Runner, Subprocesses, locked, size
 from splitfrozen.studies.environment import environment
 from splitfrozen.studies.findings import Findings, Trained, Tuned
-from splitfrozen.studies.grid import Choice, Experiment, Group, Split
+from splitfrozen.studies.grid import DatasetChoice, Experiment, Group, Split
 
 log = logging.getLogger("splitfrozen.compare")
 
@@ -193,7 +193,7 @@ def _tune(
         return {_names(group): Tuned(tune.rates[0], {}) for group in experiment.groups()}
     groups = experiment.groups()
     searches = [
-        _Search(one, tune.held_out, list(tune.rates))
+        _Search(one, experiment.trials(one.dataset).held_out, list(tune.rates))
         for one in groups
         if one.method.rate_of is None
     ]
@@ -230,12 +230,12 @@ def _names(group: Group) -> tuple[str, str, str]:
 # --- data ----------------------------------------------------------------------------------------
 
 
-def _hold_out(experiment: Experiment, dataset: Choice) -> Split:
+def _hold_out(experiment: Experiment, dataset: DatasetChoice) -> Split:
     """Write the rows to tune on and to measure that on, both drawn from the training data.
 
     Raises DataError, ConfigError, StoreError.
     """
-    tune, made = experiment.tune, _config(experiment, dataset)
+    tune, made = experiment.trials(dataset), _config(experiment, dataset)
     folder = experiment.folder / "tune"
     assert made.data is not None
     read = [grid.fingerprint(made.data.train), sorted(made.task.columns.items())]
@@ -272,7 +272,7 @@ def _refuse_no_file(experiment: Experiment) -> None:
     refuse_missing(*sources)
 
 
-def _config(experiment: Experiment, dataset: Choice) -> Config:
+def _config(experiment: Experiment, dataset: DatasetChoice) -> Config:
     return experiment.config(Group(dataset, experiment.partitions[0], experiment.methods[0]))
 
 
@@ -297,7 +297,7 @@ def _line(row: Mapping[str, object], source: str) -> str:
         ) from error
 
 
-def _majority(experiment: Experiment, dataset: Choice) -> float | None:
+def _majority(experiment: Experiment, dataset: DatasetChoice) -> float | None:
     """Accuracy of always naming the most frequent class of `task.eval`; None without classes."""
     made = _config(experiment, dataset)
     assert made.task.eval is not None

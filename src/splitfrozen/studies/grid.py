@@ -2,8 +2,8 @@
 
     [experiment]    ExperimentSpec  ranks, seeds, folder
     [tune]          TuneSpec        which learning rates are tried, and on how much
-    [[dataset]]     Choice          a name, and the keys in which it differs
-    [[partition]]   Choice          the same
+    [[partition]]   Choice          a name, and the keys in which it differs
+    [[dataset]]     DatasetChoice   the same, with trials of its own size
     [[method]]      MethodChoice    the same, with a label
     [model] [task] [devices] ...    as in a run's file (config.py): what all trainings share
 
@@ -106,6 +106,19 @@ class Choice(Spec, frozen=True):
         return {section: getattr(self, section) for section in SECTIONS}
 
 
+class TrialSpec(Spec, frozen=True):
+    """What of TuneSpec a dataset has otherwise. Where trainings pass once over many rows, trials
+    that pass several times over few would choose a rate for something else."""
+
+    epochs: Whole | None = None
+    rows: Whole | None = None
+    held_out: Whole | None = None
+
+
+class DatasetChoice(Choice, frozen=True):
+    tune: TrialSpec = TrialSpec()
+
+
 class MethodChoice(Choice, frozen=True):
     """`label`: how tables and plots call it. `ranks`: only these of the experiment's. `rate_of`:
     another method, whose learning rate it takes instead of being tuned: as a variant of it."""
@@ -125,7 +138,7 @@ SECTIONS = Config.__struct_fields__
 class Group(NamedTuple):
     """What gets a learning rate of its own."""
 
-    dataset: Choice
+    dataset: DatasetChoice
     partition: Choice
     method: MethodChoice
 
@@ -165,7 +178,7 @@ class Experiment:
     path: Path
     spec: ExperimentSpec
     tune: TuneSpec
-    datasets: tuple[Choice, ...]
+    datasets: tuple[DatasetChoice, ...]
     partitions: tuple[Choice, ...]
     methods: tuple[MethodChoice, ...]
     base: Table
@@ -191,6 +204,12 @@ class Experiment:
             for method in self.methods
         ]
 
+    def trials(self, dataset: DatasetChoice) -> TuneSpec:
+        """How large the trials of a dataset are."""
+        own = msgspec.structs.asdict(dataset.tune)
+        own = {key: value for key, value in own.items() if value is not None}
+        return msgspec.structs.replace(self.tune, **own)
+
     def cells(self, group: Group, lr: float) -> list[Cell]:
         """The trainings whose results are reported. Raises ConfigError."""
         ranks = [rank for rank in self.spec.ranks if rank in (group.method.ranks or (rank,))]
@@ -204,7 +223,7 @@ class Experiment:
         """The training that tries a learning rate. Raises ConfigError."""
         changes: dict[str, Table] = {
             "lora": {"rank": max(self.spec.ranks)},
-            "train": {"lr": lr, "epochs": self.tune.epochs},
+            "train": {"lr": lr, "epochs": self.trials(group.dataset).epochs},
             "run": {"seed": self.tune.seed},
             "data": {"train": str(split.train), "rows": None},
             # Answers are slow to generate, and the loss tells rates apart.
@@ -276,11 +295,13 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
         target = table if section in ("experiment", "tune") else changes
         if isinstance(target.setdefault(section, {}), dict):  # Else it is refused below.
             target[section][key] = value
+        if section == "tune":
+            _let_go(table.get("dataset"), key)
     experiment = Experiment(
         path=path.resolve(),
         spec=_convert(table.get("experiment", {}), ExperimentSpec, "[experiment]"),
         tune=_convert(table.get("tune", {}), TuneSpec, "[tune]"),
-        datasets=_axis(table, "dataset", Choice),
+        datasets=_axis(table, "dataset", DatasetChoice),
         partitions=_axis(table, "partition", Choice),
         methods=_axis(table, "method", MethodChoice),
         base=base,
@@ -291,6 +312,13 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
     for group in experiment.groups():
         experiment.config(group)
     return experiment
+
+
+def _let_go(datasets: object, key: str) -> None:
+    """Take from the datasets what of [tune] is set for all."""
+    for entry in datasets if isinstance(datasets, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("tune"), dict):
+            entry["tune"].pop(key, None)
 
 
 def _check_methods(experiment: Experiment) -> None:
