@@ -368,10 +368,10 @@ def test_trials_of_a_dataset_may_be_of_another_size(folder: Path) -> None:
         '[[partition]]\nname = "iid"',
     )
 
-    def trials(settings: Sequence[str]) -> dict[str, set[tuple[int, int, int]]]:
+    def trials(settings: Sequence[str]) -> dict[str, set[tuple[int, ...]]]:
         runner = Fake()
         ran(grid.load(path, settings), runner)
-        found: dict[str, set[tuple[int, int, int]]] = {}
+        found: dict[str, set[tuple[int, ...]]] = {}
         for cell in (one for one in runner.trained if one.tuning):
             made = cell.config
             assert made.data is not None
