@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from splitfrozen.studies import plots
-from splitfrozen.studies.findings import scores, told_gains
+from splitfrozen.studies.findings import GAINS, scores, told_gains
 from splitfrozen.studies.scores import measures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +96,7 @@ def document(results: Mapping[str, Result]) -> str:
 def accuracy(result: Result) -> str:
     parts = ["## Accuracy of all methods", ACCURACY, *_tables(result)]
     parts += ["### Gains", *(f"- {line}" for line in told_gains(result["gains"])), ""]
+    parts += ["On each data set, as means over the ranks:", "", *_gains(result), ""]
     parts += [
         "![Accuracy by method, partition and rank](results/accuracy.png)",
         "",
@@ -380,6 +381,20 @@ def _tables(result: Result) -> list[str]:
             own = scores(result["rows"], dataset, result["labels"], measure)
             parts += [f"{told.capitalize()}{beside}.", "", _table(*own), ""]
     return parts
+
+
+def _gains(result: Result) -> list[str]:
+    """SplitFrozen beside the others, by data set and partition."""
+    each = result["gains"]["each"]
+    lines = []
+    for place in dict.fromkeys((one["dataset"], one["partition"]) for one in each):
+        own = [one for one in each if (one["dataset"], one["partition"]) == place]
+        values = [[one[name] for one in own] for name in GAINS]
+        lines.append(
+            [*place, *(_signed(None if None in found else fmean(found)) for found in values)]
+        )
+    header = ["data set", "partition", "over FedLoRA and SplitLoRA, %", "over SplitLoRA, %"]
+    return [_table([*header, "to centralised, points", "to IID, points"], lines)]
 
 
 def _tried(result: Result) -> list[str]:

@@ -105,6 +105,7 @@ def test_a_comparison_becomes_tables(script: ModuleType) -> None:
     assert "the majority class has 66.5" in text
     assert "| mrpc | iid | SplitLoRA | 0.001 | 0.001: 0.700, 1: diverged |" in text
     assert "- iid: SplitFrozen over SplitLoRA +12.5 %" in text
+    assert "| mrpc | skewed | - | +12.5 | -0.5 | - |" in text
 
 
 def test_figure_3_is_by_alpha_and_rank(script: ModuleType) -> None:
