@@ -413,7 +413,7 @@ def convert(
 
     `document` lists the keys.
     """
-    _refuse_unknown(table, kind, "")
+    _refuse_unknown(table, kind, "", document)
     _refuse_infinite(table, "", document)
     try:
         return msgspec.convert(table, kind)
@@ -569,18 +569,18 @@ def _ascii_hint(host: str) -> str:
         return "mend it"
 
 
-def _refuse_unknown(table: dict[str, Any], kind: type[Spec], prefix: str) -> None:
+def _refuse_unknown(table: dict[str, Any], kind: type[Spec], prefix: str, document: str) -> None:
     known = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in table.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean `{prefix}{near[0]}`?" if near else "remove it"
+            hint = f"did you mean `{prefix}{near[0]}`?" if near else f"remove it: see {document}"
             raise _bad(prefix.rstrip(".") or "the file", f"`{prefix}{key}`", ", ".join(known), hint)
         tables = {f"[{i}]": one for i, one in enumerate(value)} if isinstance(value, list) else {}
         for inner in _specs(known[key]):
             for place, table in (tables or {"": value}).items():
                 if isinstance(table, dict):
-                    _refuse_unknown(table, inner, f"{prefix}{key}{place}.")
+                    _refuse_unknown(table, inner, f"{prefix}{key}{place}.", document)
 
 
 def _specs(kind: Any) -> Iterator[type[Spec]]:
