@@ -36,8 +36,10 @@ ACCURACY = """\
 Every method is trained on the same rows, held by the same ten devices, in the same loop. The
 learning rate of each data set, partition and method was chosen among the same candidates on rows
 of the training data that they were not trained on, and then taken for all ranks and seeds.
-Accuracy is that after the last epoch, on the test rows, which chose nothing. A cell is the mean
-over the seeds, ± half of the distance between them.
+Accuracy is that after the last epoch, on the test rows, which chose no rate. What all methods have
+in common (epochs, warm-up, rows to tune on) was changed for SST-2 after trainings of SplitFrozen
+with other settings had been seen to fail, on test rows as well as by their loss ([log.md](log.md)).
+A cell is the mean over the seeds, ± half of the distance between them.
 """
 
 FIGURE3 = """\
@@ -138,7 +140,7 @@ def compression(result: Result) -> str:
                 f"{one['bytes'] / 1e6:.2f}",
                 f"{one['times_less']:.1f}",
                 f"{100 * one['accuracy']:.1f}",
-                f"{100 * (one['accuracy'] - own[0]['accuracy']):+.1f}",
+                f"{100 * (one['accuracy'] - own[0]['accuracy']):+z.1f}",
             ]
             for one in own
         ]
@@ -308,6 +310,29 @@ def replayed(result: Result) -> str:
     )
 
 
+def replanned(result: Result) -> str:
+    lines = [
+        [
+            *(" and ".join(map(str, row[when].values())) for when in ("before", "after")),
+            *(f"{row[name]:.1f}" for name in ("noticed", "said", "seconds")),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in result["runs"]
+    ]
+    header = ["depths", "then", "planned anew after s", "said s", "took s", "ratio"]
+    return "\n".join(
+        [
+            "## A device becomes five times slower",
+            "Half-way through a network run of two devices (`benchmarks/replan.py`): the first",
+            "plan with other depths, and what it took. The median may be "
+            f"{result['allowed']:g} and is {result['ratio']:.2f}.",
+            "",
+            _table(header, lines),
+            "",
+        ]
+    )
+
+
 def simulator(result: Result) -> str:
     lines = [
         [
@@ -359,6 +384,7 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "perplexity": perplexity,
     "table2": table2,
     "replay": replayed,
+    "replan": replanned,
     "simulator": simulator,
     "mrpc": network,
     "front": front,
@@ -421,11 +447,15 @@ def _score(score: float | None) -> str:
 
 
 def _made_on(result: Result) -> str:
-    found = result["environment"]
+    found, codes = result["environment"], result.get("codes", ())
+    several = (
+        f"Trained with {len(codes)} versions of the code; each file in `benchmarks/results/cells` "
+        "names its own. "
+    )
     return (
-        f"On {found['cores']} cores of {found['processor']}, Python {found['python']}, "
-        f"torch {found['torch']}, transformers {found['transformers']}, peft {found['peft']}, "
-        f"ONNX Runtime {found['onnxruntime']}; commit {found['commit']}.\n"
+        f"{several if len(codes) > 1 else ''}On {found['cores']} cores of {found['processor']}, "
+        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}, "
+        f"peft {found['peft']}, ONNX Runtime {found['onnxruntime']}; commit {found['commit']}.\n"
     )
 
 
@@ -443,7 +473,7 @@ def _plain(text: str) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
+    return "-" if value is None else f"{value:+z.1f}"
 
 
 if __name__ == "__main__":

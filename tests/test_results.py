@@ -192,3 +192,19 @@ def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
     assert "| mrpc | 1 | 1.000 | 0.300 | 1.200 | 0.310 |" in text
     assert "| 4 | 3.5000 | 3.5004 (+0.0004) | 3.4990 (-0.0010) |" in text
     assert "at most 0.001" in text
+
+
+def test_a_plan_made_anew_is_told_beside_what_it_took(script: ModuleType) -> None:
+    run = {"before": {"a": 4, "b": 3}, "after": {"a": 1, "b": 3}, "noticed": 2.5}
+    run |= {"said": 10.0, "seconds": 10.5, "ratio": 1.05}
+    environment = result(("iid",))["environment"]
+    replan = {"runs": [run], "ratio": 1.05, "allowed": 1.1, "environment": environment}
+    text = script.document({"replan": replan})
+    assert "| 4 and 3 | 1 and 3 | 2.5 | 10.0 | 10.5 | 1.05 |" in text
+    assert "may be 1.1 and is 1.05" in text
+
+
+def test_results_of_several_versions_of_the_code_say_so(script: ModuleType) -> None:
+    once = {**result(("iid",)), "codes": ["a1"]}
+    assert "versions of the code" not in script.document({"accuracy": once})
+    assert "2 versions of the code" in script.document({"accuracy": {**once, "codes": ["a1", "b"]}})

@@ -344,6 +344,19 @@ def test_a_damaged_byte_is_found_and_named(disk: Store, tmp_path: Path) -> None:
         disk.read(keys)
 
 
+def test_what_grew_too_large_for_its_lifted_form_names_device_and_remedy(disk: Store) -> None:
+    disk.add(*chunk("device-00", 0, [0, 1], codec_name="int8"))
+    kept = disk.read([SampleKey("device-00", sample) for sample in (0, 1)])
+    large = Activation(1, 3, np.full_like(kept[1].hidden, 1e5), kept[1].targets)
+    with pytest.raises(
+        StoreError, match=r"sample 1 of device-00.*100000.*65504.*--device device-00"
+    ):
+        disk.replace("device-00", [lift(kept[0]), large])
+    assert [one.depth for one in disk.read([SampleKey("device-00", n) for n in (0, 1)])] == [1, 1]
+    disk.replace("device-00", [lift(kept[0])])
+    assert disk.read([SampleKey("device-00", 0)])[0].depth == 3
+
+
 def test_a_lost_file_is_named(disk: Store, tmp_path: Path) -> None:
     disk.add(*chunk("device-00", 0, [0]))
     files(tmp_path)[0].unlink()

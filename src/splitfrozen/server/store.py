@@ -278,7 +278,8 @@ class Store:
         device at a time; memory holds one activation.
 
         Raises:
-            DiskFullError, StoreError: nothing was replaced.
+            DiskFullError, StoreError: nothing was replaced. Also where an activation is too large
+                for its lifted form.
         """
         with ExitStack() as held:
             try:
@@ -312,10 +313,23 @@ class Store:
             if not opened or opened[-1].end >= self._segment_bytes:
                 # The full one is ours and not committed: the index would offer it again.
                 opened.append(held.enter_context(self._open(device, kind, fresh=bool(opened))))
-            payload = self._codecs(kind.codec).encode(activation.hidden)
+            payload = self._lifted_bytes(device, kind, activation)
             place = opened[-1].append(payload, len(activation.hidden), activation.targets)
             written.append((activation.sample, place))
         return [segment for opened in segments.values() for segment in opened], written
+
+    def _lifted_bytes(self, device: str, kind: Kind, activation: Activation) -> bytes:
+        """What int8 and the like carry may be too large for the form of what is lifted."""
+        try:
+            return self._codecs(kind.codec).encode(activation.hidden)
+        except WireError as error:
+            raise StoreError(
+                f"sample {activation.sample} of {device} cannot be kept as lifted",
+                got=error.got,
+                allowed=f"{kind.codec}: {error.allowed}",
+                remedy=f"`splitfrozen purge RUN --device {device}` lets the run go on; a model "
+                'with such activations of its own needs a run with `wire.codec` "bfloat16"',
+            ) from error
 
     def _lifted_kind(self, device: str, activation: Activation) -> Kind | None:
         """The form of a lifted sample; None where it must not replace what is stored."""

@@ -268,17 +268,16 @@ def told_gains(gained: Mapping[str, Sequence[Row]]) -> list[str]:
         beside = "" if paper is None else f" (the paper, GPT-2 on its data: {paper:+.1f} %)"
         over, split = one["over_baselines_percent"], one["over_splitlora_percent"]
         if over is not None:
-            lines.append(
-                f"{where}: SplitFrozen over the mean of FedLoRA and SplitLoRA {over:+.1f} %{beside}"
-            )
+            baselines = "the mean of FedLoRA and SplitLoRA"
+            lines.append(f"{where}: SplitFrozen over {baselines} {over:+z.1f} %{beside}")
         if split is not None:
-            lines.append(f"{where}: SplitFrozen over SplitLoRA {split:+.1f} %")
+            lines.append(f"{where}: SplitFrozen over SplitLoRA {split:+z.1f} %")
         for key, other in (
             ("to_centralized_points", "centralised training"),
             ("to_iid_points", "itself with IID data"),
         ):
             if one[key] is not None:
-                lines.append(f"{where}: SplitFrozen against {other} {one[key]:+.1f} points")
+                lines.append(f"{where}: SplitFrozen against {other} {one[key]:+z.1f} points")
     return lines
 
 

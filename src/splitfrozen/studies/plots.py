@@ -34,8 +34,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 def _figure(width: float, height: float) -> Any:
     # pyplot keeps figures of its own; a Figure alone needs no display and nothing to close.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    # Wide enough at the sides for half of the last tick's label, which the engine does not see.
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.15))
 
 
 def _draw_bars(result: Mapping[str, Any], path: Path) -> None:
