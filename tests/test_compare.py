@@ -653,8 +653,21 @@ def test_the_text_has_means_spreads_and_the_paper_beside(folder: Path) -> None:
     assert "unshuffled" not in sent
 
 
+def test_rows_to_tune_on_keep_the_column_of_every_partition(folder: Path) -> None:
+    rows = [{"text": f"row {i}", "label": i % 2, "site": f"s{i % 2}"} for i in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parted = 'data.partition = "column"\ndata.column = "site"'
+    path = changed(folder, 'data.partition = "dirichlet"\ndata.alpha = 0.1', parted)
+    ran(grid.load(path), Fake())
+    for name, count in (("train", 20), ("held-out", 10)):
+        [file] = (folder / "cells" / "tune").glob(f"*-{name}.jsonl")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [set(line) for line in lines] == [{"text", "label", "site"}] * count
+
+
 def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
-    experiment = grid.load(folder / "small.toml", [f"model.name={folder / 'model'}"])
+    own = [f"model.name={folder / 'model'}", "tune.rows=12", f"experiment.folder={folder / 'own'}"]
+    experiment = grid.load(folder / "small.toml", own)
     found = ran(experiment, Fake())
     data = findings.report(found)
     paths = compare.write(found, data, folder / "out")
@@ -664,7 +677,11 @@ def test_files_hold_config_seeds_environment_and_curves(folder: Path) -> None:
     assert kept["rows"] == data["rows"]
     assert kept["seeds"] == [0, 1]
     assert kept["config"]["tune"]["rates"] == [1e-3, 2e-3, 4e-3]
-    assert kept["config"]["set"] == {"model": {"name": "model"}}
+    assert kept["config"]["set"] == {
+        "model": {"name": "model"},
+        "tune": {"rows": 12},
+        "experiment": {"folder": "own"},
+    }
     assert str(folder) not in paths[0].read_text()
     assert kept["environment"]["torch"]
     assert len(kept["curves"]) == len(kept["rows"])

@@ -37,7 +37,6 @@ from splitfrozen.studies.grid import DatasetChoice, Experiment, Group, Split
 
 log = logging.getLogger("splitfrozen.compare")
 
-_COLUMN = "data.column"
 EQUALS = 1e-5
 """Scores that differ by less do so by the loss among equal accuracies."""
 
@@ -238,13 +237,14 @@ def _hold_out(experiment: Experiment, dataset: DatasetChoice) -> Split:
     tune, made = experiment.trials(dataset), _config(experiment, dataset)
     folder = experiment.folder / "tune"
     assert made.data is not None
-    read = [grid.fingerprint(made.data.train), sorted(made.task.columns.items())]
+    parted = _parting(experiment, dataset)
+    read = [grid.fingerprint(made.data.train), sorted(made.task.columns.items()), *parted]
     origin = hashlib.sha256(msgspec.json.encode(read)).hexdigest()[:12]
     stem = f"{origin}-{tune.seed}-{tune.rows}-{tune.held_out}"
     split = Split(folder / f"{stem}-train.jsonl", folder / f"{stem}-held-out.jsonl")
     if not tune.needed or all(path.exists() for path in split):
         return split
-    rows = list(_rows(made, made.data.train))
+    rows = list(_rows(made, made.data.train, parted))
     needed = tune.held_out + tune.rows
     if needed > len(rows):
         raise ConfigError(
@@ -276,11 +276,17 @@ def _config(experiment: Experiment, dataset: DatasetChoice) -> Config:
     return experiment.config(Group(dataset, experiment.partitions[0], experiment.methods[0]))
 
 
-def _rows(made: Config, source: str) -> Iterator[dict[str, object]]:
+def _parting(experiment: Experiment, dataset: DatasetChoice) -> list[str]:
+    """The columns by which any of the partitions parts the rows."""
+    groups = (Group(dataset, one, experiment.methods[0]) for one in experiment.partitions)
+    found = (experiment.config(group).data for group in groups)
+    return sorted({data.column for data in found if data is not None and data.column is not None})
+
+
+def _rows(made: Config, source: str, parted: Sequence[str]) -> Iterator[dict[str, object]]:
     """The rows of a file under its own names of the columns."""
-    assert made.data is not None
     columns = {name: name for name in COLUMNS[made.task.kind]} | dict(made.task.columns)
-    columns |= {_COLUMN: made.data.column} if made.data.column else {}
+    columns |= {f"parted by {name}": name for name in parted}
     for row in read_rows(source, columns, lambda _: None):
         yield {columns[ours]: value for ours, value in row.values.items()}
 

@@ -357,7 +357,7 @@ def _without_places(settings: Mapping[str, Table]) -> dict[str, Table]:
     """Paths of this machine tell nobody else anything but their last part."""
     return {
         section: {
-            key: Path(value).name if f"{section}.{key}" in FILES else value
+            key: Path(value).name if f"{section}.{key}" in (*FILES, "experiment.folder") else value
             for key, value in values.items()
         }
         for section, values in settings.items()

@@ -173,7 +173,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The file, read and checked; `source` is what stood in it."""
+    """The file, read and checked. `source` is what stood in it, `settings` what goes before that,
+    in runs and in the experiment itself."""
 
     path: Path
     spec: ExperimentSpec
@@ -234,7 +235,8 @@ class Experiment:
     def config(self, group: Group, changes: Mapping[str, Table] | None = None) -> Config:
         """A config with the group's changes, and others after them. Raises ConfigError."""
         table = copy.deepcopy(self.base)
-        own = [*(choice.changes for choice in group), self.settings, changes or {}]
+        told = {section: one for section, one in self.settings.items() if section in SECTIONS}
+        own = [*(choice.changes for choice in group), told, changes or {}]
         for section, values in ((s, v) for change in own for s, v in change.items()):
             table.setdefault(section, {}).update(copy.deepcopy(values))
         names = f"{group.dataset.name}, {group.partition.name}, {group.method.name}"
@@ -289,12 +291,13 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
     if unknown:
         every = sorted(known | set(SECTIONS))
         raise _unknown(path.name, unknown[0], every)
-    changes: dict[str, Table] = {}
+    told: dict[str, Table] = {}
     for text in settings:
         section, key, value = _setting(text)
-        target = table if section in ("experiment", "tune") else changes
-        if isinstance(target.setdefault(section, {}), dict):  # Else it is refused below.
-            target[section][key] = value
+        told.setdefault(section, {})[key] = value
+        own = table.setdefault(section, {}) if section in ("experiment", "tune") else None
+        if isinstance(own, dict):  # Else it is refused below.
+            own[key] = value
         if section == "tune":
             _let_go(table.get("dataset"), key)
     experiment = Experiment(
@@ -305,7 +308,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
         partitions=_axis(table, "partition", Choice),
         methods=_axis(table, "method", MethodChoice),
         base=base,
-        settings=changes,
+        settings=told,
         source=source,
     )
     _check_methods(experiment)
