@@ -105,6 +105,9 @@ ACCURACY: dict[tuple[MethodName, str], float] = {
     ("splitlora", "dirichlet"): 0.30,
     ("splitfrozen", "iid"): 0.79,
     ("splitfrozen", "dirichlet"): 0.78,
+    ("fedlora", "column"): 0.45,
+    ("splitlora", "column"): 0.46,
+    ("splitfrozen", "column"): 0.77,
 }
 SENT: dict[MethodName, int] = {
     "centralized": 10_000,
