@@ -188,7 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="GSM8K's train.jsonl, with `prompt` and `completion`",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gsm8k-llama")

@@ -67,7 +67,8 @@ def _arguments() -> argparse.Namespace:
         "--data",
         type=Path,
         default=ROOT.parent / "shared" / "data",
-        help="folder of mrpc, sst2 and gsm8k, each with train.jsonl (default: %(default)s)",
+        help="folder of mrpc, sst2 and gsm8k, each with train.jsonl; of gsm8k `prompt` "
+        "and `completion` are read (default: %(default)s)",
     )
     arguments = parser.parse_args()
     for name in ("mrpc", "sst2", "gsm8k"):

@@ -575,7 +575,13 @@ def _refuse_unknown(table: dict[str, Any], kind: type[Spec], prefix: str, docume
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean `{prefix}{near[0]}`?" if near else f"remove it: see {document}"
-            raise _bad(prefix.rstrip(".") or "the file", f"`{prefix}{key}`", ", ".join(known), hint)
+            where = f" in `{prefix.rstrip('.')}`" if prefix else ""
+            raise ConfigError(
+                f"an unknown key{where}",
+                got=f"`{prefix}{key}`",
+                allowed=", ".join(known),
+                remedy=hint,
+            )
         tables = {f"[{i}]": one for i, one in enumerate(value)} if isinstance(value, list) else {}
         for inner in _specs(known[key]):
             for place, table in (tables or {"": value}).items():

@@ -103,7 +103,7 @@ class RunFolder:
     def create(cls, wanted: Config) -> RunFolder:
         """Make the folder, or open it where it exists already with the same config.
 
-        [server] may differ, and so may the folders of `model.name` and `task.eval`, as projects
+        [server] may differ, and so may the folders of the files in MOVABLE, as projects
         are moved. For as long as no device has enrolled the rest may too, so that who misspelt a
         model or a path starts the same run again: it is prepared anew. But not the number of join
         strings, once they were given out.

@@ -290,7 +290,9 @@ def load(path: Path, settings: Sequence[str] = ()) -> Experiment:
     unknown = sorted(table.keys() - known)
     if unknown:
         every = sorted(known | set(SECTIONS))
-        raise _unknown(path.name, unknown[0], every)
+        near = get_close_matches(unknown[0], every, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "remove it: see docs/comparing.md"
+        raise _bad(path.name, f"`{unknown[0]}`", ", ".join(every), hint)
     told: dict[str, Table] = {}
     for text in settings:
         section, key, value = _setting(text)
@@ -353,9 +355,6 @@ def _axis(table: Table, name: str, kind: type[_SpecT]) -> tuple[_SpecT, ...]:
 def _convert(entry: Any, kind: type[_SpecT], where: str) -> _SpecT:
     if not isinstance(entry, dict):
         raise _bad(where, repr(entry), "a table", "see the files in experiments/")
-    unknown = sorted(entry.keys() - set(kind.__struct_fields__))
-    if unknown:
-        raise _unknown(where, unknown[0], sorted(kind.__struct_fields__))
     try:
         return config.convert(entry, kind, "docs/comparing.md")
     except ConfigError as error:
@@ -458,12 +457,4 @@ def _bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
 def _named(error: ConfigError, where: str) -> ConfigError:
     return ConfigError(
         f"{where}: {error.what}", got=error.got, allowed=error.allowed, remedy=error.remedy
-    )
-
-
-def _unknown(where: str, key: str, known: Sequence[str]) -> ConfigError:
-    near = get_close_matches(key, known, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else "remove it"
-    return ConfigError(
-        f"{where} has an unknown key", got=f"`{key}`", allowed=", ".join(known), remedy=hint
     )
