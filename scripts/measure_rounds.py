@@ -6,8 +6,13 @@
 takes half an hour on one core that multiplies bfloat16, and the first script a quarter. Each rank
 trains LoRA on the query and value maps of all blocks of a small causal language model, from the
 same weights, on the same rows in the same order and at the same learning rate; after every round of
-`--local-steps` steps the loss on held-out rows is taken. The target is the highest of the lowest
-losses, so every run gets there. The scale of LoRA, alpha / r, is the same for all ranks.
+`--local-steps` steps the loss on held-out rows is taken. The scale of LoRA, alpha / r, is the same
+for all ranks.
+
+The target is the highest of the lowest losses, so every run gets there, and the rank that is
+slowest takes about `--rounds` rounds to it: E of that rank is bounded by `--rounds`, and by how
+much E falls with the rank depends on `--rounds`. So E is stored for two easier targets too, where
+half and three quarters of the way from the first loss to the target are gone.
 
 The model by default is the one that the first script made from school problems. Text of another
 kind than it has seen, such as film reviews, is what adapters have to be trained for. A model with
@@ -22,9 +27,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +43,7 @@ from splitfrozen import rng
 from splitfrozen.config import LoraSpec
 from splitfrozen.model import adapters
 from splitfrozen.model.blocks import SlicedModel, load_model
-from splitfrozen.planning.rounds import fit, rounds_to
+from splitfrozen.planning.rounds import fit, rounds_to, target_of
 from splitfrozen.studies.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +57,14 @@ ROW = 128
 """Tokens of a row: texts one after the other, cut into rows."""
 HELD_OUT = 64
 """Rows."""
+EASIER = (0.5, 0.75)
+"""Of the way from the first loss to the target: where the easier targets are."""
+ABOUT_TARGET = (
+    "`target` is the lowest loss of the run that comes least far, so E of the slowest rank is"
+    " bounded by `most_rounds`, and the ratios of E depend on that number; `easier` has E for"
+    " targets at a part of the way from the first loss to this one"
+)
+"""What the result says of itself."""
 
 
 def rows_of(path: Path, template: str, tokenizer: Tokenizer, count: int) -> torch.Tensor:
@@ -111,19 +126,45 @@ def measure(options: argparse.Namespace) -> dict[int, list[list[float]]]:
     return losses
 
 
-def main() -> None:
-    options = _options()
-    torch.set_num_threads(1)
-    losses = measure(options)
-    target = max(min(run) for runs in losses.values() for run in runs)
+def estimated(losses: Mapping[int, Sequence[Sequence[float]]], way: float = 1.0) -> dict[str, Any]:
+    """E(r) at one target, from what `measure` returns."""
+    target = target_of([run for runs in losses.values() for run in runs], way)
     each = {rank: [rounds_to(target, run) for run in runs] for rank, runs in losses.items()}
     fitted = fit({rank: float(np.mean(found)) for rank, found in each.items()})
-    result = {
-        "rounds": {rank: fitted(rank) for rank in RANKS},
+    return {
+        "rounds": {rank: fitted(rank) for rank in losses},
         "fit": asdict(fitted),
         "measured": each,
         "target": target,
+    }
+
+
+def result_of(losses: Mapping[int, Sequence[Sequence[float]]], most_rounds: int) -> dict[str, Any]:
+    """E(r) at the target and at the easier ones, and what has to be known of them."""
+    return {
+        **estimated(losses),
+        "easier": {f"{way:g}": estimated(losses, way) for way in EASIER},
+        "about_target": ABOUT_TARGET,
+        "most_rounds": most_rounds,
         "losses": losses,
+    }
+
+
+def told(name: str, found: Mapping[str, Any]) -> str:
+    """What was measured at a target, and fitted to that, for people."""
+    each = (
+        f"{rank}: {np.mean(found['measured'][rank]):.2f} ({fitted:.2f})"
+        for rank, fitted in found["rounds"].items()
+    )
+    return f"{name}, loss {found['target']:.4f}: rounds by rank (fitted) {', '.join(each)}"
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    measured = result_of(measure(options), options.rounds)
+    result = {
+        **measured,
         "model": options.model.name,
         "data": options.data.name,
         "local_steps": options.local_steps,
@@ -134,9 +175,10 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    for rank, found in each.items():
-        print(f"rank {rank}: {np.mean(found):.2f} rounds measured, {fitted(rank):.2f} fitted")
-    print(f"{fitted}\nwrote {options.out}")
+    print(told(f"target, of at most {options.rounds} rounds", measured))
+    for way, found in measured["easier"].items():
+        print(told(f"{way} of the way there", found))
+    print(f"wrote {options.out}")
 
 
 def _options() -> argparse.Namespace:

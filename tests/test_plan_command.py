@@ -12,7 +12,7 @@ from splitfrozen.errors import ConfigError, StoreError
 from splitfrozen.planning.sft import Choice
 from splitfrozen.studies import plan_fedsllm, plan_fedsllm_file, plan_file, plan_run, plan_sft
 from splitfrozen.studies import plan_sft_file as sft_file
-from splitfrozen.studies.plan import SYSTEMS, plan
+from splitfrozen.studies.plan import SYSTEMS, _not_looked_at, plan
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 NETWORK = """
@@ -294,3 +294,27 @@ def test_what_fedsllm_decides_is_a_run(tmp_path: Path) -> None:
     spec = config.load(tmp_path / "new.toml")
     assert (spec.model.cut, spec.lora.rank, spec.devices.count) == (1, 8, 5)
     assert (spec.method.local_steps, spec.train.batch_size) == (12, 16)
+    assert spec.lora.alpha == 16.0
+
+
+@pytest.mark.parametrize(("bits", "codec"), [(32, "float32"), (16, "float16"), (12, None)])
+def test_values_of_a_fedsllm_run_have_the_bits_that_are_planned_for(
+    tmp_path: Path, bits: int, codec: str | None
+) -> None:
+    table = config.read_toml(EXPERIMENTS / "fedsllm.toml")
+    table["model"]["value_bits"] = bits
+    experiment = plan_file.load(table, plan_fedsllm_file.Experiment)
+    _, run = files(tmp_path, run=RUN + '[wire]\ncodec = "int8"\ncompression = "zlib"\n')
+    told = plan_run.write(run, plan_fedsllm._run(experiment, 1, 4), (), tmp_path / "new.toml")
+    spec = config.load(tmp_path / "new.toml")
+    about = {"shape": "gpt2-small", "tokens": 512, "besides": plan_fedsllm._besides(experiment)}
+    unseen = [line for line in _not_looked_at(spec, about) if line.startswith("Not looked at e")]
+    assert "lora.targets; the plan has LoRA on the query and the value maps alone" in unseen[0]
+    assert spec.lora.alpha == 8.0
+    if codec:
+        assert spec.wire.name == spec.method.gradients == codec
+        assert f'  wire.codec = "{codec}" (was "int8")' in told
+        assert len(unseen) == 1
+    else:
+        assert spec.wire.name == "int8+zlib"
+        assert "wire.codec and method.gradients; the plan has values of 12 bits" in unseen[1]

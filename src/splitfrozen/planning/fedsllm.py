@@ -223,8 +223,8 @@ def descend(
     these are free there are several, from their least and their greatest, and the best one counts.
 
     Args:
-        search: better the subchannels of Algorithm 2 by local search; without, they are the
-            paper's.
+        search: by local search, from the subchannels of Algorithm 2 and from those at hand;
+            without, subchannels are always Algorithm 2's, the paper's.
 
     Raises:
         PlanError: a link has fewer subchannels than clients.
@@ -244,20 +244,27 @@ def descend(
 
 
 def _descend(problem: Problem, start: Plan, free: Collection[Block], *, search: bool) -> Plan:
-    plan, taken = start, time_s(problem, start)
+    plan = start
     while True:
-        if "links" in free:
-            upload = activations(problem, plan.split, plan.rank)
-            plan = replace(plan, main=_choose(upload, plan.main, search=search))
-        if "split" in free:
-            others = [replace(plan, split=split) for split in sorted(problem.workloads)]
-            plan = _least(problem, [_fitted(problem, one, free) for one in others])
-        if "rank" in free:
-            others = [replace(plan, rank=rank) for rank in sorted(problem.rounds)]
-            plan = _least(problem, [_fitted(problem, one, free) for one in others])
-        before, taken = taken, time_s(problem, plan)
-        if taken >= before * (1 - SETTLED):
-            return plan
+        found = _passed(problem, plan, free, search=search)
+        if time_s(problem, found) >= time_s(problem, plan) * (1 - SETTLED):
+            # Algorithm 2 alone may give out subchannels worse than those that the plan has.
+            return _least(problem, [found, plan])
+        plan = found
+
+
+def _passed(problem: Problem, plan: Plan, free: Collection[Block], *, search: bool) -> Plan:
+    """After each block that is free was chosen anew once."""
+    if "links" in free:
+        upload = activations(problem, plan.split, plan.rank)
+        plan = replace(plan, main=_choose(upload, plan.main, search=search))
+    if "split" in free:
+        others = [replace(plan, split=split) for split in sorted(problem.workloads)]
+        plan = _least(problem, [_fitted(problem, one, free) for one in others])
+    if "rank" in free:
+        others = [replace(plan, rank=rank) for rank in sorted(problem.rounds)]
+        plan = _least(problem, [_fitted(problem, one, free) for one in others])
+    return plan
 
 
 def _fitted(problem: Problem, plan: Plan, free: Collection[Block]) -> Plan:
@@ -274,9 +281,12 @@ def _least(problem: Problem, plans: list[Plan]) -> Plan:
 
 
 def _choose(upload: Upload, present: Allocation, *, search: bool) -> Allocation:
-    """Problems 19 and 25; the present subchannels stay where the new ones are no better."""
+    """Problems 19 and 25. With local search, from Algorithm 2's subchannels and from those at hand,
+    so the result is never worse than these; without, Algorithm 2's whatever they are worth."""
+    if not search:
+        return by_bisection(upload, greedy(upload))
     owners = [present.owner, greedy(upload)]
-    found = [by_bisection(upload, improve(upload, o) if search else o) for o in owners]
+    found = [by_bisection(upload, improve(upload, owner)) for owner in owners]
     return min(found, key=lambda one: end_s(upload, one))
 
 

@@ -4,6 +4,9 @@ Section VI of the FedsLLM paper estimates it by a short training on little data.
 is noisy, and a planner that took its dents for advantages would choose ranks by chance. So a
 decreasing form is fitted to it: a + b / r^c or a + b exp(-c r), whichever is nearer in the least
 squares, with a, b >= 0 and c > 0.
+
+The paper's target is fixed beforehand. For a model and data of one's own there is none, so
+`target_of` takes the hardest that every run gets to, or an easier one on the way there.
 """
 
 from __future__ import annotations
@@ -61,6 +64,22 @@ def fit(measured: Mapping[int, float]) -> Fit:
                     error = float(np.sqrt(np.mean((a * first + b * shape - rounds) ** 2))) / level
                     found.append(Fit(form, float(a), float(b), float(c), error))
     return min(found, key=lambda one: one.error)
+
+
+def target_of(runs: Sequence[Sequence[float]], way: float = 1.0) -> float:
+    """A loss that every run gets to: the highest of their lowest, or a part of the way there.
+
+    The whole way is as far as the slowest run came, so that one takes about as many rounds as it
+    had, whatever their number.
+
+    Args:
+        runs: losses after 0, 1, 2 ... rounds.
+        way: above 0, to 1: how much of the way from the mean first loss is gone.
+    """
+    begin = sum(run[0] for run in runs) / len(runs)
+    # In this order, so that rounding cannot take it below what every run has.
+    lowest = max(min(run) for run in runs)
+    return lowest + (1 - way) * (begin - lowest)
 
 
 def rounds_to(target: float, losses: Sequence[float]) -> float:

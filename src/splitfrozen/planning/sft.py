@@ -14,7 +14,7 @@ P2, of the small timescale, is solved anew in each round, for the channel as it 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ BLIND = 1e-9
 """Accuracies that differ by less are equal: a root of the surface is not found more exactly."""
 MOST_STEPS, MOST_MU = 500, 1e12
 """Algorithm 2 ends there if it does not settle."""
+NAMED = 3
+"""Devices that a message names; of the others it says how many there are."""
 SETTLED = 1e-9
 ACCURACY_UNIT = 0.01
 """Algorithm 2 counts lacking accuracy in points, so that it weighs like a percent of delay."""
@@ -109,6 +111,7 @@ class Choice:
         accuracy: by the surface.
         delay_s: of all rounds.
         steps: updates of the multipliers that it took; 0 for what has none.
+        settled: whether it came to rest by itself, as what does not iterate always does.
     """
 
     rho: float
@@ -118,6 +121,7 @@ class Choice:
     accuracy: float
     delay_s: float
     steps: int = 0
+    settled: bool = True
 
 
 def solve(problem: Problem) -> Choice:
@@ -160,7 +164,7 @@ class Grid:
             np.stack([problem.delay(one, ratio) for one in blocks]),
         )
 
-    def choice(self, row: int, place: int, steps: int = 0) -> Choice:
+    def choice(self, row: int, place: int) -> Choice:
         """What stands there."""
         return Choice(
             rho=float(self.rho[place]),
@@ -169,7 +173,6 @@ class Grid:
             ratio=float(self.ratio[place]),
             accuracy=float(self.accuracy[place]),
             delay_s=float(self.delays[row, place]),
-            steps=steps,
         )
 
 
@@ -197,25 +200,27 @@ def lagrange(problem: Problem, grid: Grid) -> Choice | None:
     where mu, the step of the paper's update, grows while the violation does not shrink.
 
     Returns:
-        The best allowed combination that it came by; None where it came by none.
+        The best allowed combination that it came by; None where it came by none. It has `settled`
+        where the Lagrangian stood still at an allowed one, and not where steps or mu ran out.
     """
     lacking = (problem.least_accuracy - grid.accuracy) / ACCURACY_UNIT
     held = np.array([one.memory_bytes for one in problem.system.devices])
     over = np.array([problem.memory_bytes(blocks) / held - 1 for blocks in grid.blocks])
     force = _Multipliers(0.0, np.zeros(len(held)))
-    before, steps, unit = np.inf, 0, grid.delays.min()
+    before, steps, settled, unit = np.inf, 0, False, grid.delays.min()
     best: tuple[int, int] | None = None
-    while steps < MOST_STEPS and force.mu < MOST_MU:
+    while not settled and steps < MOST_STEPS and force.mu < MOST_MU:
         steps += 1
         values = grid.delays / unit + force.of_memory(over)[:, None] + force.of_accuracy(lacking)
         row, place = (int(one) for one in np.unravel_index(values.argmin(), values.shape))
         allowed = force.update(float(lacking[place]), over[row])
         if allowed and (best is None or grid.delays[row, place] < grid.delays[best]):
             best = row, place
-        if allowed and abs(values[row, place] - before) < SETTLED:
-            break
+        settled = allowed and abs(float(values[row, place]) - before) < SETTLED
         before = float(values[row, place])
-    return None if best is None else grid.choice(*best, steps)
+    if best is None:
+        return None
+    return replace(grid.choice(*best), steps=steps, settled=settled)
 
 
 @dataclass(slots=True)
@@ -252,25 +257,37 @@ def _augmented(violations: Reals, multipliers: Reals | float, mu: float) -> Real
 
 def _fitting(problem: Problem) -> list[int]:
     """Blocks that every device has the memory for. Raises PlanError."""
-    least = min(problem.system.devices, key=lambda one: (one.memory_bytes, one.id))
-    found = [
-        blocks
-        for blocks in problem.every_blocks()
-        if problem.memory_bytes(blocks) < least.memory_bytes
-    ]
-    if found:
-        return found
+    least = min(one.memory_bytes for one in problem.system.devices)
+    found = [blocks for blocks in problem.every_blocks() if problem.memory_bytes(blocks) < least]
+    if not found:
+        raise _no_memory(problem, least)
+    return found
+
+
+def _no_memory(problem: Problem, least: float) -> PlanError:
     fewest = problem.bounds.blocks[0]
     needed = problem.memory_bytes(fewest)
+    short = sorted(
+        (one for one in problem.system.devices if one.memory_bytes <= needed),
+        key=lambda one: (one.memory_bytes, one.id),
+    )
+    named, others = short[:NAMED], short[NAMED:]
     # Equation 28c wants less than all of it.
-    more = math.floor(needed - least.memory_bytes) + 1
-    fewer = [one for one in range(1, fewest) if problem.memory_bytes(one) < least.memory_bytes]
-    raise PlanError(
-        f"{least.id} has not the memory for {fewest} of the blocks",
-        got=f"{least.memory_bytes:.0f} bytes",
+    lacks = [math.floor(needed - one.memory_bytes) + 1 for one in short]
+    given = [f"{one.id} {more}" for one, more in zip(named, lacks, strict=False)]
+    have = [f"{one.memory_bytes:.0f} bytes" for one in named]
+    names = ", ".join(one.id for one in named)
+    if others:
+        names += f" and {len(others)} more devices"
+        have.append(f"{others[0].memory_bytes:.0f} bytes or more")
+        given.append(f"the others up to {lacks[NAMED]}")
+    fewer = [one for one in range(1, fewest) if problem.memory_bytes(one) < least]
+    return PlanError(
+        f"{names} {'has' if len(short) == 1 else 'have'} not the memory for {fewest} of the blocks",
+        got=", ".join(have),
         allowed=f"more than {needed:.0f} bytes",
-        remedy=f"give it {more} bytes more"
-        + (f", or lower the least blocks to {fewer[-1]}" if fewer else ""),
+        remedy=f"give so many more bytes: {', '.join(given)}"
+        + (f"; or lower the least blocks to {fewer[-1]}" if fewer else ""),
     )
 
 

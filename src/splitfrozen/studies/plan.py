@@ -94,4 +94,5 @@ def _not_looked_at(run: Config, about: dict[str, Any]) -> list[str]:
     ]
     if run.task.kind != "image" and run.task.max_tokens < about["tokens"]:
         lines.append(f"They are not: task.max_tokens cuts samples to {run.task.max_tokens}.")
+    lines += [f"Not looked at either: {one}." for one in about.get("besides", ())]
     return lines

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -181,13 +181,27 @@ class Experiment(Spec, frozen=True):
 
 def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
     """E(r) of the ranks that may be chosen; paths are from `folder`. Raises ConfigError."""
-    given: Mapping[str, Any] | None = spec.rounds if isinstance(spec.rounds, dict) else None
-    where = "the file"
-    if isinstance(spec.rounds, str):
-        where = str(folder / spec.rounds)
-        given = _read(folder / spec.rounds)
-    missing = [rank for rank in spec.model.ranks if str(rank) not in (given or {})]
-    if given is None or missing:
+    if isinstance(spec.rounds, dict):
+        return _of_ranks(spec, spec.rounds, "the file")
+    path = folder / spec.rounds
+    return _of_ranks(spec, _read(path).rounds, str(path))
+
+
+def easier_rounds(spec: Experiment, folder: Path) -> dict[str, dict[int, float]]:
+    """E(r) at easier targets, by the part of the way to the one of `rounds`, where a file of
+    scripts/measure_rounds.py has them; else none. Raises ConfigError."""
+    if isinstance(spec.rounds, dict):
+        return {}
+    path = folder / spec.rounds
+    return {
+        f"{way:g}": _of_ranks(spec, easier.rounds, f"`easier` {way:g} of {path}")
+        for way, easier in _read(path).easier.items()
+    }
+
+
+def _of_ranks(spec: Experiment, given: Mapping[str, float], where: str) -> dict[int, float]:
+    missing = [rank for rank in spec.model.ranks if str(rank) not in given]
+    if missing:
         raise bad(
             "rounds",
             f"none for rank {missing[0]} in {where}",
@@ -197,15 +211,21 @@ def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
     return {rank: float(given[str(rank)]) for rank in sorted(spec.model.ranks)}
 
 
-class _Measured(msgspec.Struct):
-    """What is read of the file that scripts/measure_rounds.py writes."""
-
+class _AtTarget(msgspec.Struct):
     rounds: dict[str, Annotated[float, Meta(gt=0, le=MOST)]]
 
 
-def _read(path: Path) -> dict[str, float]:
+class _Measured(_AtTarget):
+    """What is read of the file that scripts/measure_rounds.py writes."""
+
+    easier: dict[Annotated[float, Meta(gt=0, le=1)], _AtTarget] = msgspec.field(
+        default_factory=dict
+    )
+
+
+def _read(path: Path) -> _Measured:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Measured).rounds
+        return msgspec.json.decode(path.read_bytes(), type=_Measured)
     except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise bad(
             "rounds",

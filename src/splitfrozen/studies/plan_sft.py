@@ -21,7 +21,6 @@ from splitfrozen.planning.bandwidth import Band, Demand, Reals, least_delay
 from splitfrozen.planning.sft import Choice, Grid, Problem
 from splitfrozen.planning.sft_delay import System
 from splitfrozen.records import Outcome
-from splitfrozen.runs.summary import table
 from splitfrozen.studies import plan_sft_figures as figures
 from splitfrozen.studies.plan_file import load, write_result
 from splitfrozen.studies.plan_sft_figures import LABELS
@@ -32,8 +31,11 @@ from splitfrozen.studies.plan_sft_file import (
     system_of,
     widened,
 )
+from splitfrozen.studies.plan_sft_text import told
 
 OURS = "sft"
+SHARED = (OURS, "equal", "random")
+"""Schemes that differ in how bandwidth is shared, and in nothing else."""
 P2_INSTANCES = 100
 CLOSE = 1e-3
 """Algorithm 3 is to come so close to the exact solution of P2."""
@@ -79,7 +81,7 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
         "accuracy": _accuracy(problem, choice),
         "coding": _coding(choice),
     }
-    text = _told(spec, data)
+    text = told(spec, data)
     if out is not None:
         result = {**data, "figures": shown}
         text += ["", *(f"wrote {path}" for path in _write(source, result, out))]
@@ -128,13 +130,14 @@ def _beside(choice: Choice, searched: Choice | None, multiplied: Choice | None) 
             **_told_choice(multiplied),
             "gap": multiplied.delay_s / choice.delay_s - 1,
             "steps": multiplied.steps,
+            "settled": multiplied.settled,
         },
     }
 
 
 def _drawn_gaps(spec: Experiment, problem: Problem) -> dict[str, Any]:
     """How much worse the exact solution is than brute force, and Algorithm 2 than the exact one."""
-    gaps, others, blocks = [], [], set()
+    gaps, others, settled, blocks = [], [], 0, set()
     for number in range(P1_INSTANCES):
         drawn = _drawn_p1(spec, problem, number)
         grid, solved = Grid.of(drawn, FEWER_RATES), sft.solve(drawn)
@@ -144,11 +147,13 @@ def _drawn_gaps(spec: Experiment, problem: Problem) -> dict[str, Any]:
         blocks.add(solved.blocks)
         if multiplied is not None:
             others.append(multiplied.delay_s / solved.delay_s - 1)
+            settled += multiplied.settled
     return {
         "instances": P1_INSTANCES,
         "blocks": sorted(blocks),
         "max_gap": max(gaps),
-        "algorithm2_settled": len(others),
+        "algorithm2_found": len(others),
+        "algorithm2_settled": settled,
         "algorithm2_max_gap": max(others, default=None),
     }
 
@@ -172,9 +177,8 @@ def _drawn_p1(spec: Experiment, problem: Problem, number: int) -> Problem:
 
 
 def _told_choice(choice: Choice) -> dict[str, Any]:
-    told = asdict(choice)
-    del told["steps"]
-    return told
+    every = asdict(choice)
+    return {key: value for key, value in every.items() if key not in ("steps", "settled")}
 
 
 # --- small timescale -----------------------------------------------------------------------------
@@ -190,6 +194,7 @@ def _p2(spec: Experiment, system: System) -> dict[str, Any]:
         steps.append(found.steps)
     return {
         "instances": P2_INSTANCES,
+        "close": CLOSE,
         "within": sum(gap <= CLOSE for gap in gaps) / P2_INSTANCES,
         "max_gap": max(gaps),
         "mean_steps": sum(steps) / P2_INSTANCES,
@@ -269,17 +274,29 @@ def _saved(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _over(spec: Experiment, system: System, choice: Choice, total_hz: float) -> dict[str, float]:
-    """Figure 9: mean seconds of a round with another bandwidth, shared in three ways."""
+    """Figure 9: mean seconds of a round with another bandwidth, shared in three ways; and how long
+    it would be if what devices send and are sent by themselves took no time."""
     other = widened(system, total_hz)
     demand = sft_delay.round_demand(other, choice.blocks, choice.ratio, _channels(spec))
     means = {name: float(each.mean()) for name, each in _shared(spec, other, demand).items()}
-    return {"total_hz": total_hz, **means}
+    return {"total_hz": total_hz, **means, "silent": float(demand.fixed_s.max())}
 
 
-def _band_saved(rows: list[dict[str, float]]) -> float | None:
-    """The most that the bandwidths of P2 take off a round, over those of the figure."""
-    saved = (1 - row[OURS] / max(row["equal"], row["random"]) for row in rows)
-    return max(saved, default=None)
+def _band_saved(rows: list[dict[str, float]]) -> dict[str, Any] | None:
+    """What the bandwidths of P2 save against other shares, at the narrowest band of the figure.
+
+    `round`: of a whole round. `communication`: of what the devices' own bandwidth adds to a round;
+    computing and the broadcast are not in it.
+    """
+    if not rows:
+        return None
+    row = min(rows, key=lambda one: one["total_hz"])
+    added = {name: row[name] - row["silent"] for name in SHARED}
+    return {
+        "total_hz": row["total_hz"],
+        "communication": _saved(added),
+        "round": _saved({name: row[name] for name in SHARED}),
+    }
 
 
 def _memory(problem: Problem) -> dict[str, Any]:
@@ -332,65 +349,7 @@ def _published(spec: Experiment) -> dict[str, Any]:
     }
 
 
-# --- text and files ------------------------------------------------------------------------------
-
-
-def _told(spec: Experiment, data: Mapping[str, Any]) -> list[str]:
-    p1, p2, drawn, own = data["p1"], data["p2"], data["p1"]["drawn"], spec.paper
-    second, gap = p1["algorithm2"], p1["gap"]
-    searched = "finds nothing" if gap is None else f"{gap:+.3%}"
-    multiplied = f"{second['gap']:+.3%} in {second['steps']} steps" if second else "does not settle"
-    lines = [
-        f"P1: keep rate {p1['rho']:.3f}, {p1['levels']} levels, {p1['blocks']} of the blocks on "
-        f"devices: {p1['bits_per_element']:.2f} bits an element, accuracy {p1['accuracy']:.4f} "
-        f"(at least {p1['least_accuracy']:.4f}), {p1['delay_s'] / 60:.1f} minutes if all rounds "
-        f"had the channel that it is planned for, {spec.channel.snr_db:g} dB",
-        f"    against brute force {searched}; Algorithm 2 {multiplied}",
-        f"    {drawn['instances']} drawn problems: against brute force at most "
-        f"{drawn['max_gap']:+.3%}; Algorithm 2 settles in {drawn['algorithm2_settled']}",
-        f"P2: Algorithm 3 within {CLOSE:.1%} of the exact solution in {p2['within']:.0%} of "
-        f"{p2['instances']} drawn instances, at most {p2['max_gap']:.2g} off",
-    ]
-    if data["band_saved"] is not None:
-        lines.append(
-            f"    saves up to {data['band_saved']:.1%} of a round against equal or random "
-            f"bandwidth; the paper {own.band_saved:.1%}"
-        )
-    lines += [
-        "",
-        f"{data['rounds']} rounds as planned, the channel of each drawn anew:",
-        _table(data, own.minutes, beside=False),
-    ]
-    there = data["at_paper_setting"]
-    lines += [
-        "",
-        f"{data['rounds']} such rounds with the paper's keep rate {own.rho:g}, {own.levels} levels "
-        f"and {own.blocks} blocks:",
-        _table(there, own.minutes, beside=True),
-        f"saved against SFT without compression: {there['delay_saved']['uncompressed']:.1%} of the "
-        f"delay and {there['bytes_saved']['uncompressed']:.1%} of the bytes; "
-        f"the paper: {own.delay_saved:.1%} and {own.bytes_saved:.1%}",
-    ]
-    return lines
-
-
-def _table(found: Mapping[str, Any], paper: Mapping[str, float], *, beside: bool) -> str:
-    rows = []
-    for scheme, name in LABELS.items():
-        row = [name, f"{found['delay_s'][scheme] / 60:.1f}"]
-        row += [f"{paper[scheme]:.1f}" if scheme in paper else "-"] if beside else []
-        row += [_percent(found["delay_saved"].get(scheme))]
-        row += [f"{found['bytes'][scheme] / 1e9:.2f}", _percent(found["bytes_saved"].get(scheme))]
-        rows.append(row)
-    paper_column = ["paper"] if beside else []
-    saved = "SFT saves against it"
-    return table(["scheme", "minutes", *paper_column, saved, "GB", saved], rows)
-
-
-def _percent(part: float | None) -> str:
-    if part is None:
-        return "-"
-    return f"{part:.1%}" if part > -1 else f"SFT has {1 - part:.1f} times as much"
+# --- files --------------------------------------------------------------------------------------
 
 
 def _write(source: Path, result: dict[str, Any], out: Path) -> Iterator[Path]:

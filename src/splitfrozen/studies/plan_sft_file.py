@@ -120,7 +120,7 @@ class FiguresPart(Spec, frozen=True):
 
 class PaperPart(Spec, frozen=True):
     """The setting that the paper reports, and what it reports: parts of 1 that are saved against
-    SFT without compression (`band_saved`: of a round, by its bandwidths, against other shares), and
+    SFT without compression (`band_saved`: of the communication of a round, by its bandwidths), and
     minutes by scheme."""
 
     rho: Kept
