@@ -83,9 +83,13 @@ def main() -> None:
 
 def read() -> dict[str, Result]:
     """The result files that have a section, in the order of the sections."""
-    paths = {name: RESULTS / f"{name}.json" for name in SECTIONS}
-    paths["table2"] = RESULTS / "table2" / "table2.json"
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    found = {}
+    for name in SECTIONS:
+        # What has several files has a folder of its own.
+        for path in (RESULTS / f"{name}.json", RESULTS / name / f"{name}.json"):
+            if path.exists():
+                found[name] = json.loads(path.read_text())
+    return found
 
 
 def document(results: Mapping[str, Result]) -> str:
@@ -201,6 +205,102 @@ def perplexity(result: Result) -> str:
     header = ["rank", "centralised", *(f"FedsLLM, averaged after {n}" for n in steps)]
     told = PERPLEXITY.format(paper=result["paper"])
     return "\n".join(["## Perplexity of FedsLLM", told, _table(header, lines), ""])
+
+
+def planned(result: Result) -> str:
+    lines = [
+        [one["rule"], f"{one['plain_s']:.3f}", f"{one['codec_s']:.3f}"] for one in result["rules"]
+    ]
+    gap, crowd = result["gap"], result["crowd"]
+    return "\n".join(
+        [
+            "## SplitFrozen's plan",
+            "Makespans on the paper's network by the simulator, seconds",
+            "(`splitfrozen plan experiments/splitfrozen-plan.toml`).",
+            "",
+            _table(["", result["plain_codec"], "the plan's codec"], lines),
+            "",
+            f"No plan can be faster than {result['bound_s']:.3f} s. Of {gap['instances']} drawn "
+            f"networks {100 * gap['within_1_percent']:g} % are within 1 % of brute force, at most "
+            f"{100 * gap['max']:.2f} % above. {crowd['clients']} devices and "
+            f"{crowd['subchannels']} subchannels take {crowd['cpu_s']:.2f} s of CPU.",
+            "",
+            "![Makespan over the rate of uplinks]"
+            "(../benchmarks/results/splitfrozen-plan/splitfrozen-plan-uplink.png)",
+            "",
+        ]
+    )
+
+
+def planned_sft(result: Result) -> str:
+    p1, p2, paper, there = (result[key] for key in ("p1", "p2", "paper", "at_paper_setting"))
+    lines = [
+        [
+            name,
+            *(f"{one['delay_s'][name] / 60:.1f}" for one in (result, there)),
+            *(f"{one['bytes'][name] / 1e9:.1f}" for one in (result, there)),
+            *(
+                _saved(one[key].get(name))
+                for key in ("delay_saved", "bytes_saved")
+                for one in (result, there)
+            ),
+        ]
+        for name in result["delay_s"]
+    ]
+    header = ["", "minutes", "with the paper's setting", "GB", "with that"]
+    header += ["delay saved", "with that", "bytes saved", "with that"]
+    return "\n".join(
+        [
+            "## SFT's plan",
+            f"P1 chooses keep rate {p1['rho']:.3f}, {p1['levels']} levels and {p1['blocks']} "
+            f"block of each device (`splitfrozen plan experiments/sft.toml`); the paper has "
+            f"{paper['rho']:g}, {paper['levels']} and {paper['blocks']}. "
+            f"{100 * p1['gap']:+.2f} % from brute force, the fit's mean squared error "
+            f"{100 * p1['surface']['mse']:.2f} % (the paper: below 0.26 %). "
+            f"P2: Algorithm 3 is within {100 * p2['close']:g} % of the exact solution in "
+            f"{100 * p2['within']:g} % of {p2['instances']} instances. What SFT saves against "
+            "the others; the paper, against SFT without compression: "
+            f"{_saved(paper['delay_saved'])} of the delay and {_saved(paper['bytes_saved'])} of "
+            "the bytes. Where the paper's minutes and bytes "
+            "differ: [planning.md](planning.md).",
+            "",
+            _table(header, lines),
+            "",
+        ]
+    )
+
+
+def planned_fedsllm(result: Result) -> str:
+    lines = [
+        [
+            figure,
+            *(_yes(holds) for holds in claims.values()),
+            "-" if trend is None else trend["says"],
+            *("-" if trend is None else _yes(trend[key]) for key in ("holds", "holds_as_part")),
+        ]
+        for figure, claims in result["claims"].items()
+        for trend in [result["trends"].get(figure)]
+    ]
+    claimed = next(iter(result["claims"].values()))
+    return "\n".join(
+        [
+            "## FedsLLM's plan",
+            f"Delay saved against baseline a: {_saved(result['delay_saved'])}, from "
+            f"{_saved(result['delay_saved_low'])} to {_saved(result['delay_saved_high'])} (10th to "
+            f"90th percentile of {result['cells']} cells; the paper: about "
+            f"{_saved(result['paper_delay_saved'])}; `splitfrozen plan experiments/fedsllm.toml`). "
+            f"With E(r) of easier targets: {_shares(result['delay_saved_by_target'])}. "
+            f"Power: bisection and convex programme differ by {result['power_gap']:.1e} at most. "
+            f"The descent is {100 * result['descent_gap_mean']:.2f} % from the optimum on "
+            f"average, {100 * result['descent_gap_max']:.2f} % at worst. "
+            "Whether the figures are as the paper says of its own:",
+            "",
+            _table(["figure", *claimed, "gap", "in seconds", "as a part"], lines),
+            "",
+            "![Delay over bandwidth, speeds and power](../benchmarks/results/fedsllm/fedsllm.png)",
+            "",
+        ]
+    )
 
 
 def network(result: Result) -> str:
@@ -383,6 +483,9 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "dither": dither,
     "perplexity": perplexity,
     "table2": table2,
+    "splitfrozen-plan": planned,
+    "sft": planned_sft,
+    "fedsllm": planned_fedsllm,
     "replay": replayed,
     "replan": replanned,
     "simulator": simulator,
@@ -470,6 +573,22 @@ def _plain(text: str) -> str:
     return "".join(
         f"\\{character}" if character in "|<>*_`#[]$" else character for character in line
     )
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def _saved(part: float | None) -> str:
+    """A saving, as a part of what there was; nobody thinks of minus 2,400 percent."""
+    if part is None:
+        return "-"
+    return f"{1 - part:.1f} times as much" if part < -1 else f"{100 * part:.1f} %"
+
+
+def _shares(found: Mapping[str, float]) -> str:
+    told = (f"{_saved(saved)} at {float(way):g} of the way" for way, saved in found.items())
+    return ", ".join(told) or "not measured"
 
 
 def _signed(value: float | None) -> str:

@@ -204,6 +204,40 @@ def test_a_plan_made_anew_is_told_beside_what_it_took(script: ModuleType) -> Non
     assert "may be 1.1 and is 1.05" in text
 
 
+def test_plans_are_told_beside_the_papers(script: ModuleType) -> None:
+    results = {name: script.read()[name] for name in ("splitfrozen-plan", "sft")}
+    text = script.document(results)
+    for rule in results["splitfrozen-plan"]["rules"]:
+        told = f"| {rule['rule']} | {rule['plain_s']:.3f} | {rule['codec_s']:.3f} |"
+        assert told in text
+    assert "the paper, against SFT without compression: 80.2 % of the delay" in text
+    fl = next(line for line in text.splitlines() if line.startswith("| fl |"))
+    assert "times as much" in fl
+
+
+def test_a_plan_of_fedsllm_tells_what_holds_by_which_measure(script: ModuleType) -> None:
+    trend = {"says": "b comes nearer", "holds": True, "holds_as_part": False}
+    fedsllm = {
+        "delay_saved": 0.2,
+        "delay_saved_low": 0.03,
+        "delay_saved_high": 0.42,
+        "delay_saved_by_target": {"0.5": 0.25},
+        "paper_delay_saved": 0.6,
+        "cells": 50,
+        "power_gap": 1e-11,
+        "descent_gap_mean": 0.0012,
+        "descent_gap_max": 0.025,
+        "claims": {"5": {"a is most": True}, "8": {"a is most": False}},
+        "trends": {"5": trend},
+        "environment": result(("iid",))["environment"],
+    }
+    text = script.document({"fedsllm": fedsllm})
+    assert "20.0 %, from 3.0 % to 42.0 %" in text
+    assert "25.0 % at 0.5 of the way" in text
+    assert "| 5 | yes | b comes nearer | yes | no |" in text
+    assert "| 8 | no | - | - | - |" in text
+
+
 def test_results_of_several_versions_of_the_code_say_so(script: ModuleType) -> None:
     once = {**result(("iid",)), "codes": ["a1"]}
     assert "versions of the code" not in script.document({"accuracy": once})
