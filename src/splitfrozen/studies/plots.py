@@ -95,7 +95,11 @@ def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
     measure, told = next((key, told) for key, told in MEASURES.items() if key in points[0])
     datasets = list(dict.fromkeys(one["dataset"] for one in points))
     ranks = sorted({one["rank"] for one in points})
-    colours = dict(zip(dict.fromkeys(row["partition"] for row in result["rows"]), cycle(COLOURS)))
+    partitions = dict.fromkeys(row["partition"] for row in result["rows"])
+    drawn = {one["partition"] for one in points}
+    # As in the bars, where nobody knows what was sent with one of them too.
+    each = zip(partitions, cycle(COLOURS), strict=False)
+    colours = {name: colour for name, colour in each if name in drawn}
     several = len(colours) > 1
     names = list(dict.fromkeys(one["method"] for one in points))
     markers = dict(zip(names, cycle(MARKERS if several else "o"), strict=False))
