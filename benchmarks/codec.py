@@ -31,17 +31,17 @@ import numpy.typing as npt
 import torch
 import zstandard
 from environment import minilm, write
+from trained import tell
 
 from splitfrozen.config import Config
-from splitfrozen.data.readers import Row, read_rows
-from splitfrozen.data.tasks import build_samples
 from splitfrozen.records import Floats
 from splitfrozen.rng import stream
 from splitfrozen.runs.devices import TorchFront
 from splitfrozen.runs.prepare import load_sliced, task_alone
+from splitfrozen.runs.sides import computed, unlabelled
 from splitfrozen.studies import grid
 from splitfrozen.studies.compare import compare
-from splitfrozen.training.batching import split
+from splitfrozen.threads import one_for_numpy
 from splitfrozen.wire.codec import TensorCodec, codec
 from splitfrozen.wire.side import Side
 
@@ -56,7 +56,6 @@ MEASURED = (
 TOLERATED = 0.02
 """Accuracy that the best codec may lose."""
 HELD_ROWS = 300
-PUBLIC_ROWS = 2000
 PASSES = 3
 
 
@@ -70,25 +69,16 @@ class Front:
         sliced = load_sliced(wanted)
         self._task, self._tokenizer = task_alone(wanted, sliced)
         self._front = TorchFront(sliced, wanted.model.cut)
+        self._micro_tokens = wanted.train.micro_tokens
 
-    def activations(self, source: str | None, count: int) -> list[Floats]:
-        """Of `count` rows of a file that the experiment names, drawn at random."""
+    def activations(self, source: str | None, count: int | None = None) -> list[Floats]:
+        """Of `count` rows of a file that the experiment names, drawn at random, or of all."""
         assert source is not None, "experiments/compression.toml names it"
-        columns = {ours: theirs for ours, theirs in self._task.columns.items() if ours != "label"}
-        read = read_rows(source, columns, report=_tell)
-        # A label says nothing about activations, and public rows have none.
-        rows = (Row(r.file, r.line, {**r.values, "label": self._task.labels[0]}) for r in read)
-        samples = list(build_samples(rows, self._task, self._tokenizer, report=_tell))
-        order = stream(0, "held", Path(source).name).permutation(len(samples))[:count]
-        chosen = [samples[i] for i in sorted(order)]
-        computed: list[Floats] = []
-        for group in split([sample.length for sample in chosen], 4096):
-            computed += self._front([chosen[i] for i in group])
-        return computed
-
-
-def _tell(row: object) -> None:
-    print(row, file=sys.stderr)
+        samples = unlabelled(source, self._task, self._tokenizer)
+        if count is not None:
+            order = stream(0, "held", Path(source).name).permutation(len(samples))[:count]
+            samples = [samples[i] for i in sorted(order)]
+        return list(computed(self._front, samples, self._micro_tokens)())
 
 
 def measure(chosen: TensorCodec, held: Sequence[Floats]) -> dict[str, Any]:
@@ -151,16 +141,22 @@ def _entropy(values: npt.NDArray[Any]) -> float:
 
 
 def losses(tradeoff: Sequence[Mapping[str, Any]], dataset: str) -> dict[str, dict[str, Any]]:
-    """By codec: how many times fewer bytes, frames included, and what accuracy that costs."""
-    own = [one for one in tradeoff if one["dataset"] == dataset]
-    exact = own[0]["accuracy"]
+    """By codec: how many times fewer bytes, frames included, and what accuracy that costs.
+
+    `by_seed`: the same of each seed, beside float32's training with that seed.
+    """
+    exact, *others = (one for one in tradeoff if one["dataset"] == dataset)
+    assert exact["method"] == "float32", "experiments/compression.toml has it first"
     return {
         one["method"]: {
             "codec": one["method"],
             "ratio": round(one["times_less"], 2),
-            "accuracy_loss": round(exact - one["accuracy"], 4),
+            "accuracy_loss": round(exact["accuracy"] - one["accuracy"], 4),
+            "by_seed": [
+                round(whole - own, 4) for whole, own in zip(exact["each"], one["each"], strict=True)
+            ],
         }
-        for one in own
+        for one in (exact, *others)
     }
 
 
@@ -176,6 +172,7 @@ def best(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
+    one_for_numpy()
     settings = [f"model.name={arguments.model}"]
     experiment = grid.load(EXPERIMENT, settings)
     result: dict[str, Any] = {}
@@ -185,8 +182,11 @@ def main() -> None:
     paper = next(row for row in result["mrpc"]["codecs"] if row["codec"] == PAPER)
     result = {**paper, **result["mrpc"]["limits"], **result}
     if not arguments.skip_accuracy:
-        compared: Any = compare(EXPERIMENT, settings, None, ROOT / "results").data
-        found = {one.name: losses(compared["tradeoff"], one.name) for one in experiment.datasets}
+        compared: Any = compare(EXPERIMENT, settings, None, ROOT / "results")
+        if compared.exit_code:
+            sys.exit(compared.text)
+        tradeoff = compared.data["tradeoff"]
+        found = {one.name: losses(tradeoff, one.name) for one in experiment.datasets}
         result["accuracy_loss"] = found["mrpc"][PAPER]["accuracy_loss"]
         result["best"] = {name: best(own) for name, own in found.items()}
         result["losses"] = {name: list(own.values()) for name, own in found.items()}
@@ -199,14 +199,14 @@ def _bytes(name: str, wanted: Config) -> dict[str, Any]:
     """The table of codecs on one data set, told line by line."""
     front = Front(wanted)
     held = front.activations(wanted.task.eval, HELD_ROWS)
-    public = front.activations(wanted.wire.public, PUBLIC_ROWS)
+    public = front.activations(wanted.wire.public)
     began = time.process_time()
     side = Side.fit(public)
     fit_s = time.process_time() - began
     rows = []
     for chosen in MEASURED:
         rows.append(measure(codec(chosen, side), held))
-        _tell("  ".join([name, *(f"{value}" for value in rows[-1].values())]))
+        tell("  ".join([name, *(f"{value}" for value in rows[-1].values())]))
     about = {"side_bytes": len(side.to_bytes()), "side_fit_s": round(fit_s, 1)}
     return {"codecs": rows, **about, "limits": limits(held)}
 

@@ -6,9 +6,9 @@
 A frozen front makes an activation once, so a codec's error is the same in every epoch. Two ways
 out are measured. `topk` rounds at random: a server that drew that rounding anew for each epoch
 could at best do as well as devices that send anew with another draw, so that is what its training
-sees here; the other training sees the first draw in all epochs. `ecsq` rounds to the nearest step:
-subtractive dither, noise that both sides know, makes its error independent of what is coded, and
-costs bits where most values would round to nothing. The result goes to
+sees here; the other training sees the first draw in all epochs. `ecsq` rounds to steps, with a zone
+about 0 that is wider: subtractive dither, noise that both sides know, is added to what it sends of
+a usual token, never to channels of which it sends nothing. The result goes to
 benchmarks/results/dither.json; takes half an hour on a core.
 """
 
@@ -18,7 +18,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -68,12 +67,14 @@ def dithered(side: Side, held: Sequence[Floats]) -> list[dict[str, float]]:
     for step in STEPS:
         chosen = codec(f"ecsq:{step:g}", side)
         row = {"step": step}
+        # Those whose spread is a quarter of a step or more, as in `wire.ecsq`.
+        sent = np.exp2(side.spreads.astype(np.float32) / 2) >= np.float32(step / 4)
         for name, size in (("plain", 0.0), ("dithered", step)):
             bits = off = 0.0
             for number, hidden in enumerate(held):
                 # Of the coefficients, so that it is as wide as what they are rounded to.
                 draw = stream(0, "dither", number).random(hidden.shape, np.float32)
-                wide = (draw - np.float32(0.5)) * np.float32(size * side.unit)
+                wide = (draw - np.float32(0.5)) * np.float32(size * side.unit) * sent
                 noise: Floats = (wide @ side.basis.T).astype(np.float32)
                 payload = chosen.encode(hidden + noise)
                 bits += 8 * len(payload)
@@ -98,11 +99,11 @@ def main() -> None:
         ]
         front = Front(wanted[0])
         held = front.activations(wanted[0].task.eval, ROWS)
-        side = Side.fit(front.activations(wanted[0].wire.public, 2000))
+        side = Side.fit(front.activations(wanted[0].wire.public))
         result["ecsq"][dataset.name] = dithered(side, held)
         once, anew = (accuracies(wanted, anew=anew) for anew in (False, True))
-        gained = fmean(anew) - fmean(once)
-        told = {"once": once, "anew": anew, "gained": round(gained, 4)}
+        gained = [round(new - old, 4) for old, new in zip(once, anew, strict=True)]
+        told = {"once": once, "anew": anew, "gained": gained}
         result["topk"][PAPER][dataset.name] = told
     write("dither", {**result, "lr": arguments.lr, "seeds": SEEDS})
     if arguments.json:

@@ -51,6 +51,11 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert [one["accuracy"] for one in found if one["dataset"] == "b"] == [1.0]
 
 
+def test_what_each_seed_scored_stands_beside_their_mean() -> None:
+    found = tradeoff([row("a", 10, accuracy=0.5), row("a", 10, accuracy=0.7)])
+    assert [(one["accuracy"], one["each"]) for one in found] == [(0.6, [0.5, 0.7])]
+
+
 def test_of_perplexities_the_lower_is_better() -> None:
     found = tradeoff([row("a", 10, perplexity=3.0), row("b", 10, perplexity=2.0)])
     assert [(one["method"], one["on_front"]) for one in found] == [("a", False), ("b", True)]

@@ -525,7 +525,10 @@ class Codec(Protocol):
         ...
 
     def decode(self, payload: bytes | memoryview, tokens: int, width: int) -> Floats:
-        """bytes -> float32 [tokens, width]. Raises WireError; allocates at most that array."""
+        """bytes -> float32 [tokens, width]. Raises WireError.
+
+        Takes a few times the memory of that array, whatever the bytes claim.
+        """
         ...
 
     def error_bound(self, hidden: Floats) -> Floats:

@@ -52,12 +52,13 @@ def fit_sides(
     name = config.wire.name
     if not needs_side(name):
         return {}, {}
-    samples = _public_samples(config, task, tokenizer)
+    assert config.wire.public is not None, "the config saw to it"
+    samples = unlabelled(config.wire.public, task, tokenizer)
     _refuse_too_few(samples, sliced.width, config.wire.public)
     files: dict[int, FileRef] = {}
     rates: dict[int, float] = {}
     for depth in depths:
-        compute = _computed(TorchFront(sliced, depth), samples, config.train.micro_tokens)
+        compute = computed(TorchFront(sliced, depth), samples, config.train.micro_tokens)
         side = Side.fit(compute())
         data, digest = side.to_bytes(), side.sha256
         files[depth] = FileRef(name=side_name(digest), sha256=digest, bytes=len(data))
@@ -76,10 +77,13 @@ def fit_sides(
     return files, rates
 
 
-def _public_samples(config: Config, task: TaskSpec, tokenizer: Tokenizer | None) -> list[Sample]:
-    assert config.wire.public is not None, "the config saw to it"
+def unlabelled(source: str, task: TaskSpec, tokenizer: Tokenizer | None) -> list[Sample]:
+    """Samples of the first PUBLIC_ROWS rows of a file, at whose labels nobody looks.
+
+    Raises DataError where it cannot be read or has no good row.
+    """
     columns = {ours: theirs for ours, theirs in task.columns.items() if ours != "label"}
-    rows = islice(read_rows(config.wire.public, columns, report=_log_bad_row), PUBLIC_ROWS)
+    rows = islice(read_rows(source, columns, report=_log_bad_row), PUBLIC_ROWS)
     # Public text has no label of this task, and none is looked at.
     labelled = (Row(row.file, row.line, {"label": task.labels[0], **row.values}) for row in rows)
     made = rows if task.kind == "causal_lm" else labelled
@@ -87,7 +91,7 @@ def _public_samples(config: Config, task: TaskSpec, tokenizer: Tokenizer | None)
     if not samples:
         raise DataError(
             "`wire.public` has no usable row",
-            got=config.wire.public,
+            got=source,
             allowed="one good row or more",
             remedy="mend the rows that were reported",
         )
@@ -112,7 +116,7 @@ def _digest(sample: Sample) -> bytes:
     return hashlib.sha256(values.tobytes()).digest()
 
 
-def _computed(
+def computed(
     front: TorchFront, samples: Sequence[Sample], micro_tokens: int
 ) -> Callable[[], Iterator[Floats]]:
     """The activations of the samples, computed anew by each call: they need not fit in memory."""

@@ -77,7 +77,8 @@ class Limits:
     Attributes:
         chunk_bytes: of one chunk; twice `wire.chunk_bytes` where that is more, as a long sample
             makes a long chunk.
-        in_flight_bytes: chunks of all devices at one moment: bounds the memory of the process.
+        in_flight_bytes: chunks of all devices at one moment, as they were sent. A chunk that is
+            decoded takes a few times the float32 activations that it holds.
         in_flight_chunks: chunks of one device at one moment.
         body_s: seconds that a body may take however short it is.
     """

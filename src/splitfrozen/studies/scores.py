@@ -59,18 +59,19 @@ def tradeoff(rows: Sequence[Row]) -> list[Row]:
 
     Returns:
         `dataset`, `partition`, `rank`, `method`, `bytes` and the main measure, means over the
-        seeds; `times_less`, as many times as the first method of the place sends more; `on_front`.
+        seeds; `each`, that measure by seed; `times_less`, as many times as the first method of the
+        place sends more; `on_front`.
     """
     measure = next(iter(measures(rows)))
     sign = -1 if measure == "perplexity" else 1
-    scores, sent = means(rows, measure), means(rows, "bytes")
+    scores, sent = by_place(rows, measure), means(rows, "bytes")
     places: dict[tuple[str, str, int], list[Row]] = {}
-    for (dataset, partition, rank, method), score in scores.items():
+    for (dataset, partition, rank, method), each in scores.items():
         size = sent.get((dataset, partition, rank, method))
         if size:
             named = {"dataset": dataset, "partition": partition, "rank": rank, "method": method}
             own = places.setdefault((dataset, partition, rank), [])
-            own.append({**named, "bytes": size, measure: score})
+            own.append({**named, "bytes": size, measure: fmean(each), "each": each})
     for own in places.values():
         points = {(one["bytes"], -sign * one[measure]) for one in own}
         for one in own:
