@@ -53,7 +53,10 @@ def test_levels_are_equal_steps_from_the_least_to_the_greatest_kept():
     assert (np.sign(values) == np.where(values != 0, np.sign(hidden), 0)).all()
 
 
-def test_rounding_is_unbiased():
+@pytest.mark.parametrize(
+    "chosen", [PAPER, TopK(0.2, 8, True), TopK(0.5, 2, False), TopK(0.3, 200, False)], ids=str
+)
+def test_rounding_is_unbiased(chosen: TopK):
     """The mean over draws tends to what was kept: within 4.5 standard errors for every value.
 
     Other content is rounded anew, also where it differs in a value that is not kept.
@@ -64,11 +67,11 @@ def test_rounding_is_unbiased():
     values = np.empty((draws, *hidden.shape))
     for draw in range(draws):
         hidden[least] = draw * 1e-9
-        values[draw] = decoded(PAPER, hidden)
+        values[draw] = decoded(chosen, hidden)
     kept = values[0] != 0
     assert ((values != 0) == kept).all()
     assert not kept[least]
-    step = np.diff(np.unique(np.abs(values[:, kept])))[0]
+    step = np.ptp(np.abs(values[:, kept])) / (chosen.levels - 1)
     # Of a value at x between two levels: variance x (1 - x) steps squared, a quarter at most.
     x = (np.abs(hidden[kept]) - np.abs(values[:, kept]).min()) / step % 1
     standard = np.sqrt(np.maximum(x * (1 - x), 1e-3) / draws) * step
