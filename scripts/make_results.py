@@ -55,14 +55,22 @@ what a model says to them is what it was trained on, in the paper too; exact mat
 
 COMPRESSION = """\
 What devices send against what is learnt: SplitFrozen with each codec of activations, at the
-learning rate that was chosen with float16. Frames are counted, side data not. In bold: nothing else
-sends as little and scores as well.
+learning rate that was chosen with float16. Frames are counted, side data not; int8 and int4 go
+through zstandard. Accuracies are means over two seeds, ± half of their distance; one standard error
+of an accuracy on so many rows is a point. In bold: nothing else sends as little and scores as well.
 """
 
 DITHER = """\
 Is it worth drawing again what was rounded, as a frozen front makes each activation once
-(`benchmarks/dither.py`)? Accuracy with Top-K rounded at random once, and anew for every epoch; bits
-a value and relative error of `ecsq` plain and with subtractive dither.
+(`benchmarks/dither.py`)? Accuracy of each seed with Top-K rounded at random once, and anew for
+every epoch; bits a value and relative error of `ecsq` plain and with subtractive dither.
+"""
+DRAWN = ("once", "anew")
+
+TRANSFORMS = """\
+Bits a value at equal error, a part more in each row; what is left out stands beside what it would
+be added to (`benchmarks/transforms.py`). Bits are what a perfect coder would send, in the last row
+what is sent.
 """
 
 PERPLEXITY = """\
@@ -143,7 +151,7 @@ def compression(result: Result) -> str:
                 f"**{one['method']}**" if one["on_front"] else one["method"],
                 f"{one['bytes'] / 1e6:.2f}",
                 f"{one['times_less']:.1f}",
-                f"{100 * one['accuracy']:.1f}",
+                f"{100 * one['accuracy']:.1f} ±{50 * (max(one['each']) - min(one['each'])):.1f}",
                 f"{100 * (one['accuracy'] - own[0]['accuracy']):+z.1f}",
             ]
             for one in own
@@ -166,7 +174,8 @@ def codecs(result: Result) -> str:
         parts += [
             f"### Activations of {dataset}",
             f"The smallest that loses at most 2 points: `{found['codec']}`, {found['ratio']} times "
-            f"less, {100 * found['accuracy_loss']:.1f} points. What the SFT paper's setting "
+            f"less, {100 * found['accuracy_loss']:.1f} points ({_seeds(found['by_seed'])} by "
+            f"seed, on the rows that it was chosen by). What the SFT paper's setting "
             f"keeps has an entropy of {limits['entropy_bits_per_element']} bits a value; "
             f"zstandard makes it {limits['zstd_ratio']} times less.",
             "",
@@ -175,13 +184,22 @@ def codecs(result: Result) -> str:
     return "\n".join(parts)
 
 
+def transforms(result: Result) -> str:
+    parts = ["## What each part of `ecsq` buys", TRANSFORMS]
+    for dataset, rows in result["tables"].items():
+        lines = [[row["way"], *(f"{bits:.2f}" for bits in row["bits"])] for row in rows]
+        header = ["bits a value at a relative error of", *(f"{one:g}" for one in result["errors"])]
+        parts += [f"### Activations of {dataset}", _table(header, lines), ""]
+    return "\n".join(parts)
+
+
 def dither(result: Result) -> str:
     lines = [
-        [dataset, codec, f"{100 * fmean(own['once']):.1f}", f"{100 * fmean(own['anew']):.1f}"]
+        [dataset, codec, *(", ".join(f"{100 * one:.1f}" for one in own[way]) for way in DRAWN)]
         for codec, found in result["topk"].items()
         for dataset, own in found.items()
     ]
-    parts = ["## Dither", DITHER, _table(["data set", "codec", "once", "anew"], lines), ""]
+    parts = ["## Dither", DITHER, _table(["data set", "codec", *DRAWN], lines), ""]
     names = ("plain_bits", "plain_error", "dithered_bits", "dithered_error")
     lines = [
         [dataset, f"{row['step']:g}", *(f"{row[name]:.3f}" for name in names)]
@@ -480,6 +498,7 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "table3": table3,
     "compression": compression,
     "codec": codecs,
+    "transforms": transforms,
     "dither": dither,
     "perplexity": perplexity,
     "table2": table2,
@@ -543,6 +562,10 @@ def _tried(result: Result) -> list[str]:
         return []
     header = ["data set", "partition", "method", "chosen", "tried: score on held-out rows"]
     return ["### Learning rates", _table(header, lines), ""]
+
+
+def _seeds(losses: Sequence[float]) -> str:
+    return " and ".join(f"{100 * one:.1f}" for one in losses)
 
 
 def _score(score: float | None) -> str:

@@ -148,6 +148,7 @@ def test_codecs_are_told_with_their_front(script: ModuleType) -> None:
             "bytes": size,
             "times_less": 1e8 / size,
             "accuracy": accuracy,
+            "each": [accuracy - 0.01, accuracy + 0.01],
             "on_front": front,
         }
         for name, size, accuracy, front in (
@@ -158,9 +159,9 @@ def test_codecs_are_told_with_their_front(script: ModuleType) -> None:
     ]
     environment = result(("iid",))["environment"]
     text = script.document({"compression": {"tradeoff": tradeoff, "environment": environment}})
-    assert "| **float32** | 100.00 | 1.0 | 80.0 | +0.0 |" in text
-    assert "| topk | 5.00 | 20.0 | 70.0 | -10.0 |" in text
-    assert "| **ecsq** | 4.00 | 25.0 | 79.0 | -1.0 |" in text
+    assert "| **float32** | 100.00 | 1.0 | 80.0 ±1.0 | +0.0 |" in text
+    assert "| topk | 5.00 | 20.0 | 70.0 ±1.0 | -10.0 |" in text
+    assert "| **ecsq** | 4.00 | 25.0 | 79.0 ±1.0 | -1.0 |" in text
 
 
 def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
@@ -170,8 +171,16 @@ def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
     limits = {"entropy_bits_per_element": 1.14, "zstd_ratio": 16.8}
     codec = {
         "mrpc": {"codecs": [measured], "limits": limits},
-        "best": {"mrpc": {"codec": "ecsq:1", "ratio": 28.0, "accuracy_loss": 0.0123}},
+        "best": {
+            "mrpc": {
+                "codec": "ecsq:1",
+                "ratio": 28.0,
+                "accuracy_loss": 0.0123,
+                "by_seed": [0.0146, 0.01],
+            }
+        },
     }
+    ways = [{"way": "plain", "bits": [2.0, 1.0]}, {"way": "+ a basis", "bits": [1.5, 0.8]}]
     step = {"plain_bits": 1.0, "plain_error": 0.3, "dithered_bits": 1.2, "dithered_error": 0.31}
     dither = {
         "topk": {"topk": {"mrpc": {"once": [0.7, 0.72], "anew": [0.75, 0.73]}}},
@@ -182,13 +191,19 @@ def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
     each |= {"fedsllm_10": 3.499, "difference_10": -0.001}
     results = {
         "codec": {**codec, "environment": environment},
+        "transforms": {
+            "errors": [0.25, 0.35],
+            "tables": {"mrpc": ways},
+            "environment": environment,
+        },
         "dither": {**dither, "environment": environment},
         "perplexity": {"rows": [each], "paper": 0.001, "environment": environment},
     }
     text = script.document(results)
     assert "| topk | 27.4 | 1.17 | 0.62 | 130.0 | 120.0 |" in text
-    assert "`ecsq:1`, 28.0 times less, 1.2 points" in text
-    assert "| mrpc | topk | 71.0 | 74.0 |" in text
+    assert "`ecsq:1`, 28.0 times less, 1.2 points (1.5 and 1.0 by seed" in text
+    assert "| + a basis | 1.50 | 0.80 |" in text
+    assert "| mrpc | topk | 70.0, 72.0 | 75.0, 73.0 |" in text
     assert "| mrpc | 1 | 1.000 | 0.300 | 1.200 | 0.310 |" in text
     assert "| 4 | 3.5000 | 3.5004 (+0.0004) | 3.4990 (-0.0010) |" in text
     assert "at most 0.001" in text
