@@ -186,9 +186,8 @@ def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
         "topk": {"topk": {"mrpc": {"once": [0.7, 0.72], "anew": [0.75, 0.73]}}},
         "ecsq": {"mrpc": [{"step": 1.0, **step}]},
     }
-    each = {"rank": 4, "centralized": 3.5}
-    each |= {"fedsllm_1": 3.5004, "difference_1": 0.0004}
-    each |= {"fedsllm_10": 3.499, "difference_10": -0.001}
+    each = {"rank": 4, "centralized": 1.04, "fedsllm": 1.0408, "difference": 0.0008}
+    perplexity = {"rows": [each], "paper": 0.001, "local_steps": 12, "floor": 1.03}
     results = {
         "codec": {**codec, "environment": environment},
         "transforms": {
@@ -197,7 +196,7 @@ def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
             "environment": environment,
         },
         "dither": {**dither, "environment": environment},
-        "perplexity": {"rows": [each], "paper": 0.001, "environment": environment},
+        "perplexity": {**perplexity, "environment": environment},
     }
     text = script.document(results)
     assert "| topk | 27.4 | 1.17 | 0.62 | 130.0 | 120.0 |" in text
@@ -205,7 +204,7 @@ def test_what_benchmarks_write_becomes_tables(script: ModuleType) -> None:
     assert "| + a basis | 1.50 | 0.80 |" in text
     assert "| mrpc | topk | 70.0, 72.0 | 75.0, 73.0 |" in text
     assert "| mrpc | 1 | 1.000 | 0.300 | 1.200 | 0.310 |" in text
-    assert "| 4 | 3.5000 | 3.5004 (+0.0004) | 3.4990 (-0.0010) |" in text
+    assert "| 4 | 1.04000 | 1.04080 | +0.00080 | +2.0 |" in text
     assert "at most 0.001" in text
 
 
