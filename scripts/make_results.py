@@ -76,8 +76,8 @@ what is sent.
 
 PERPLEXITY = """\
 FedsLLM, averaged after {local_steps} steps, beside centralised LoRA with the very same batches, on
-a small GPT-2 until it has converged (`benchmarks/perplexity.py`); none can be below {floor:.4f}. The
-paper's Table IV has differences of at most {paper}, of perplexities about 1.04. How it is where
+a small GPT-2 until it has converged (`benchmarks/perplexity.py`); none can be below {floor:.4f}.
+The paper's Table IV has differences of at most {paper}, of perplexities about 1.04. How it is where
 perplexities are larger, and before it has converged, is in [log.md](log.md).
 """
 
