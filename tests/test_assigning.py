@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,8 +15,10 @@ import pytest
 
 from splitfrozen.config import Config, DevicesSpec, ModelSpec, RunSpec, TaskConfig, WireSpec
 from splitfrozen.model.costs import Tokens, forward_flops, gpt2_small
+from splitfrozen.planning.makespan import Pipeline, Point
 from splitfrozen.records import (
     PROTOCOL,
+    Activation,
     Announcement,
     DeviceProfile,
     EncodedSample,
@@ -25,7 +29,9 @@ from splitfrozen.records import (
 )
 from splitfrozen.runs.assigning import Assigning
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.forecast import chunks_of
+from splitfrozen.runs.forecast import Forecast, chunks_of, foretell
+from splitfrozen.runs.serve import _Server
+from splitfrozen.runs.summary import summarize
 from splitfrozen.server.registry import Registry
 from splitfrozen.server.store import Store
 from splitfrozen.wire.codec import codec
@@ -189,6 +195,66 @@ def test_a_device_that_becomes_slow_gets_a_shallower_front(world: World) -> None
     assert len(world.plans()) == 2
 
 
+@pytest.fixture
+def behind(world: World) -> World:
+    """Devices at depth 1 have sent nearly everything, and the server takes 5 s for a block."""
+    world.prepare(lifts=BLOCK / 5)
+    for slot in range(3):
+        world.join(slot, 0.1)
+        world.registry.assign({f"device-0{slot}": 1})
+        world.send(slot, 180, depth=1)
+    assert world.depths() == [1, 1, 1]
+    return world
+
+
+BACKLOG_S = 3 * 2 * 5 * 180 / SAMPLES
+"""Three devices' samples, two blocks each."""
+
+
+def test_what_waits_to_be_lifted_counts(behind: World) -> None:
+    behind.measure(0, 0.15)
+    placed = behind.depths()
+    (last,) = behind.plans()
+    assert float(str(last["bound"])) == pytest.approx(BACKLOG_S)
+    assert float(str(last["seconds"])) == pytest.approx(BACKLOG_S, rel=0.01)
+    assert placed == [3, 3, 3], "the server has enough to lift"
+
+
+def test_what_was_lifted_or_came_at_the_cut_does_not_wait(behind: World) -> None:
+    for slot in (0, 1):
+        lifted = [
+            Activation(i, CUT, np.zeros((LENGTH, SHAPE.width), np.float32), np.zeros(1, np.int32))
+            for i in range(180)
+        ]
+        behind.store.replace(f"device-0{slot}", lifted)
+    behind.measure(0, 0.15)
+    behind.depths()
+    (last,) = behind.plans()
+    assert float(str(last["bound"])) == pytest.approx(BACKLOG_S / 3)
+    assert float(str(last["seconds"])) == pytest.approx(BACKLOG_S / 3, rel=0.01)
+
+
+def test_the_estimate_knows_the_backlog_and_bounds_stay_bounds(world: World) -> None:
+    world.prepare(lifts=BLOCK / 2)
+    for slot, block_s in enumerate((8.0, 3.0, 1.0)):
+        world.join(slot, block_s, link_s=2.0)
+    assert None not in world.depths()
+    house = world.assigning._house
+    assert house is not None
+    rows = world.registry.devices()
+    free = house.problem(rows, {row.id: (SAMPLES, SAMPLES * LENGTH) for row in rows})
+    assert free.server.backlog == 0
+    bps = tuple(device.bps for device in free.devices)
+    for waits_s, depths in itertools.product((0, 1, 5, 20, 80), ((1, 1, 1), (1, 2, 3), (3, 3, 3))):
+        server = replace(free.server, backlog=waits_s * free.server.flops)
+        problem, point = replace(free, server=server), Point(0, depths, bps)
+        judged = house.seconds(problem, dict(zip((row.id for row in rows), depths, strict=True)))
+        pipeline = Pipeline(problem)
+        assert waits_s * (1 - 1e-9) <= pipeline.bound() <= pipeline.floor(point) * (1 + 1e-9)
+        assert pipeline.floor(point) <= judged * (1 + 1e-9)
+        assert pipeline.estimate(point) == pytest.approx(judged, rel=0.1)
+
+
 def test_depths_stay_where_others_would_gain_little(world: World) -> None:
     world.prepare(lifts=BLOCK / 2)
     for slot, block_s in enumerate((10.0, 0.1, 0.1)):
@@ -218,6 +284,82 @@ def test_a_list_of_depths_is_nobodys_business(tmp_path: Path) -> None:
         world.join(0, 0.1)
         world.join(1, 0.1)
         assert world.depths() == [None, None]
+
+
+def test_no_device_is_shallower_than_the_least_depth(tmp_path: Path) -> None:
+    world = World(tmp_path / "run", DevicesSpec(count=4, least_depth=2, gather_s=60))
+    with closing(world.registry), closing(world.store):
+        # The server is far faster than they are.
+        world.prepare(lifts=1e4 * BLOCK)
+        world.join(0, 5.0)
+        world.join(1, 5.0, memory=2500)
+        world.join(2, 5.0, memory=1500)
+        world.clock.now += 60
+        assert world.depths() == [2, 2, None, None], "what holds only front 1 is not placed"
+        world.join(3, 5.0)
+        assert world.depths() == [2, 2, None, 2]
+
+
+def test_look_says_whether_there_is_a_new_plan(world: World) -> None:
+    world.prepare(lifts=2 * BLOCK)
+    said = []
+    for slot in range(3):
+        world.join(slot, 0.1)
+        world.now += 60
+        said.append(world.assigning.look())
+    world.now += 60
+    said.append(world.assigning.look())
+    world.measure(0, 4.0)
+    said.append(world.assigning.look())
+    world.now += 60
+    said.append(world.assigning.look())
+    assert said == [False, False, True, False, False, True], "one comes too early"
+
+
+def test_forecasts_have_stages_side_by_side_and_follow_depths_and_speeds(world: World) -> None:
+    world.prepare(lifts=BLOCK)
+    for slot in range(2):
+        world.join(slot, 2.0, link_s=3.0)
+        world.registry.assign({f"device-0{slot}": slot + 1})
+
+    def told() -> list[Forecast]:
+        return foretell(world.registry.devices(), world.run.config, SHAPE, 2 * SHAPE.width)
+
+    first, second = told()
+    assert (first.device, first.depth, first.samples) == ("device-00", 1, SAMPLES)
+    assert first.tokens == SAMPLES * LENGTH
+    assert first.bytes == 2 * SHAPE.width * SAMPLES * LENGTH
+    # A few chunks: the link is at work while later ones are computed, and the other way round.
+    assert 3 < first.seconds < 2 + 3 - 0.5
+    assert 4 < second.seconds < 4 + 3 - 0.5
+    world.measure(0, 20.0, link_s=3.0)
+    assert 20 < told()[0].seconds < 23
+
+
+def test_what_status_shows_is_foretold_when_all_have_depths_and_with_every_plan(
+    world: World,
+) -> None:
+    server = _Server(world.run, world.registry, world.store, hide_joins=True)
+
+    def shown() -> float | None:
+        (first, *_) = summarize(world.run, world.registry, world.store)["devices"]
+        seconds: float | None = first["forecast_seconds"]
+        return seconds
+
+    world.prepare(lifts=2 * BLOCK)
+    for slot in range(3):
+        server._forecast(anew=False)
+        assert shown() is None
+        world.join(slot, 0.1)
+    world.depths()
+    server._forecast(anew=False)
+    assert shown() == pytest.approx(0.3, rel=0.1)
+    world.measure(0, 4.0)
+    server._forecast(anew=False)
+    assert shown() == pytest.approx(0.3, rel=0.1)
+    world.depths()
+    server._forecast(anew=True)
+    assert shown() == pytest.approx(4.0, rel=0.1)
 
 
 @pytest.mark.parametrize("rate", [1e-308, 1e308])

@@ -54,6 +54,11 @@ def test_dump_and_undump_are_inverse(tmp_path: Path) -> None:
         ("dept = 1", "`devices.dept`.*did you mean `devices.depth`"),
         ("depth = [1]", "1 depths.*2 depths"),
         ("depth = [1, 4]", r"devices.depth.*4.*1\.\.3"),
+        ("least_depth = 4", r"devices.least_depth.*got 4; allowed: 1\.\.3, the cut; lower"),
+        (
+            "depth = [1, 2]\nleast_depth = 2",
+            'devices.least_depth.*2 with a list of depths; allowed: only with .*"auto"; leave it',
+        ),
         ('[lora]\nrank = "x"', "lora.rank.*got 'x'; allowed: a whole number from 1 to 2.63 - 1"),
         ("[lora]\nrank = 0", "lora.rank.*got 0; allowed: a whole number from 1 "),
         ("[train]\nlr = -1.0", "train.lr.*got -1.0; allowed: a number above 0;"),

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfrozen.errors import PlanError
-from splitfrozen.planning.depth import TOLERANCE, assign, forecast, target, token_seconds
-from splitfrozen.records import Announcement, DeviceProfile, FrontManifest
+from splitfrozen.planning.depth import TOLERANCE, assign
+from splitfrozen.records import DeviceProfile, FrontManifest
 
 MIB = 1 << 20
 
@@ -68,16 +68,6 @@ def test_too_little_memory_names_device_need_and_have() -> None:
     profiles = {"device-00": device(), "device-01": device(memory_bytes=need - 1)}
     with pytest.raises(PlanError, match=f"device-01.*{need - 1} bytes.*{need} bytes or more"):
         assign(profiles, FRONTS, 100)
-    assert target(profiles, FRONTS, 100) == target({"device-00": device()}, FRONTS, 100)
-    with pytest.raises(PlanError, match="device-01"):
-        target({"device-01": profiles["device-01"]}, FRONTS, 100)
-
-
-def test_a_late_joiner_is_placed_by_the_pace_fixed_before() -> None:
-    pace = target({"first": device()}, FRONTS, 100)
-    assert assign({"late": device(flops=2.5e8)}, FRONTS, 100, pace) == {"late": 1}
-    assert assign({"late": device(flops=2.5e8)}, FRONTS, 100) == {"late": 4}
-    assert assign({"late": device(flops=7.6e8)}, FRONTS, 100, pace) == {"late": 3}
 
 
 @given(NETWORKS, st.floats(1, 1e5))
@@ -120,16 +110,3 @@ def test_more_speed_memory_or_link_never_gives_less_depth(
     better = device(old.flops * speed, old.memory_bytes + memory, old.uplink_bps * link)
     before = assign(profiles, FRONTS, 1536)
     assert assign({**profiles, name: better}, FRONTS, 1536)[name] >= before[name]
-
-
-def test_the_forecast_adds_up() -> None:
-    profiles = {"b": device(flops=1e9), "a": device(flops=2e9)}
-    said = {
-        name: Announcement(samples=10, tokens=tokens, skipped=0, digest="0" * 64)
-        for name, tokens in (("a", 400), ("b", 500))
-    }
-    first, second = forecast(said, profiles, {"b": 1, "a": 3}, FRONTS, 1536.5)
-    assert (first.device, first.depth, first.samples, first.tokens) == ("a", 3, 10, 400)
-    assert first.bytes == 614600
-    assert first.seconds == 400 * token_seconds(profiles["a"], FRONTS[2], 1536.5)
-    assert (second.device, second.depth, second.tokens, second.bytes) == ("b", 1, 500, 768250)

@@ -361,6 +361,13 @@ def test_a_device_without_memory_is_told(registry: Registry) -> None:
     assert registry.device("device-01").failure is None, "a list asks nobody"
 
 
+def test_memory_has_to_do_for_the_least_depth(registry: Registry) -> None:
+    small = profile(memory_bytes=min(front.memory_bytes for front in prepared().fronts))
+    take_profile("device-00", small, registry, prepared(), DevicesSpec(count=3))
+    with pytest.raises(PlanError, match=r"free memory.*or lower devices\.least_depth"):
+        take_profile("device-00", small, registry, prepared(), DevicesSpec(count=3, least_depth=2))
+
+
 def test_bytes_per_token_are_the_codecs() -> None:
     assert bytes_per_token(prepared("float16")) == 16
     assert bytes_per_token(prepared("int8")) == 12

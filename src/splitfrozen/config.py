@@ -191,12 +191,14 @@ def _needs_side(key: str, name: str) -> bool:
 
 class DevicesSpec(Spec, frozen=True):
     """`depth`: "auto", or one depth for each device in the order of their join strings.
-    `gather_s`: how long the assignment waits for all `count` devices after the first profile.
-    `patience_s`: a device that is silent so long counts as gone, and the run goes on with what it
-    sent; 0 waits for ever."""
+    `least_depth`: with "auto", no device runs fewer blocks, as shallow activations tell more of
+    what they are made of. `gather_s`: how long the assignment waits for all `count` devices after
+    the first profile. `patience_s`: a device that is silent so long counts as gone, and the run
+    goes on with what it sent; 0 waits for ever."""
 
     count: Annotated[int, Meta(ge=1, le=100_000)]
     depth: Literal["auto"] | tuple[Whole, ...] = "auto"
+    least_depth: Whole = 1
     gather_s: Annotated[float, Meta(ge=0)] = 60.0
     patience_s: Annotated[float, Meta(ge=0)] = 0.0
 
@@ -207,6 +209,13 @@ class DevicesSpec(Spec, frozen=True):
                 f"{len(self.depth)} depths",
                 f'"auto" or {self.count} depths',
                 "give one depth for each of devices.count",
+            )
+        if self.depth != "auto" and self.least_depth > 1:
+            raise _bad(
+                "devices.least_depth",
+                f"{self.least_depth} with a list of depths",
+                'only with devices.depth = "auto"',
+                "leave it out, as the list says how deep each device is",
             )
 
 
@@ -332,7 +341,13 @@ class Config(Spec, frozen=True):
                 f"1..{self.model.cut}, the cut",
                 "lower the depth or raise model.cut",
             )
-
+        if self.devices.least_depth > self.model.cut:
+            raise _bad(
+                "devices.least_depth",
+                self.devices.least_depth,
+                f"1..{self.model.cut}, the cut",
+                "lower the least depth or raise model.cut",
+            )
         if self.task.kind == "causal_lm" and self.data and self.data.partition == "dirichlet":
             raise _bad(
                 "data.partition",

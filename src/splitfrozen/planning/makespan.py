@@ -102,6 +102,7 @@ class Server:
         train: FLOP of training on all that comes, step by step as it comes.
         after: FLOP that begin when everything is there: epochs over stored activations.
         first, last: parts of the data in the first step, which is full, and in the last one.
+        backlog: FLOP of lifting what came before and waits: done while devices work.
     """
 
     flops: float
@@ -109,6 +110,7 @@ class Server:
     after: float
     first: float
     last: float
+    backlog: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +266,7 @@ class Pipeline:
         front, lift: float64 [K, M], s, of all samples by depth.
         encode: float64 [knobs, K], s.
         bits: float64 [knobs, K], to be sent.
-        train, after: s of the server.
+        train, after, backlog: s of the server.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -276,6 +278,7 @@ class Pipeline:
         self.encode: Array = np.array([knob.encode_s * tokens for knob in problem.knobs])
         self.bits: Array = np.array([8 * knob.bytes_per_token * tokens for knob in problem.knobs])
         self.train, self.after = server.train / server.flops, server.after / server.flops
+        self.backlog = server.backlog / server.flops
         self._every = np.arange(len(devices))
 
     def stages(self, point: Point) -> tuple[Array, Array, Array, Array]:
@@ -287,33 +290,36 @@ class Pipeline:
     def estimate(self, point: Point) -> float:
         """About the makespan: the first and the last step in detail, a constant pace between.
 
-        Before it can train, the server lifts what comes early, also of later steps.
+        Before it can train, the server lifts what waits already, and then what comes early, also of
+        later steps.
         """
         f = self.problem.server.first
         front, encode, link, lift = self.stages(point)
         enters = f * (front + encode + link)
-        begins = self._lifted(enters, f * lift)
+        begins = self._lifted(enters, f * lift, self.backlog)
         slowest = np.maximum(np.maximum(front, encode), link)
         there = np.clip(f + (begins - enters) / slowest, f, 1.0)
-        ahead = min(float((there * lift).sum()), begins - float(enters.min()))
+        free = max(float(enters.min()), self.backlog)
+        ahead = min(float((there * lift).sum()), begins - free)
         lifts = float(lift.sum())
         paced = begins + lifts - max(f * lifts, ahead) + (1 - f) * self.train
         last = self._lifted(enters + (1 - f) * slowest, f * lift)
         return max(paced, last) + f * self.train + self.after
 
     @staticmethod
-    def _lifted(arrives: Array, lift: Array) -> float:
-        """When all of a step is at the cut, lifted in the order of arrival."""
+    def _lifted(arrives: Array, lift: Array, free: float = 0.0) -> float:
+        """When all of a step is at the cut, lifted in the order of arrival from `free` on."""
         order = np.argsort(arrives, kind="stable")
         rest = np.cumsum(lift[order][::-1])[::-1]
-        return float((arrives[order] + rest).max())
+        return max(float((arrives[order] + rest).max()), free + float(rest[0]))
 
     def floor(self, point: Point) -> float:
         """What no schedule of this plan can be faster than.
 
         A device's stages work one step at a time, each after the one before; what it sends last is
-        lifted and trained on; the server, which does one thing at a time, begins with what comes
-        first, and trains on nothing before all of the first step is there.
+        lifted and trained on; the server, which does one thing at a time, has its backlog to lift
+        and begins with what comes first, and trains on nothing before all of the first step is
+        there.
         """
         first, last = self.problem.server.first, self.problem.server.last
         front, encode, link, lift = self.stages(point)
@@ -321,7 +327,7 @@ class Pipeline:
         sent = np.maximum(sent, first * (front + encode) + link)
         device = sent + last * (lift + self.train)
         enters = first * (front + encode + link)
-        server = float(enters.min()) + float(lift.sum()) + self.train
+        server = max(float(enters.min()), self.backlog) + float(lift.sum()) + self.train
         trained = float((enters + first * lift).max()) + self.train
         return max(float(device.max()), server, trained) + self.after
 
@@ -329,8 +335,8 @@ class Pipeline:
         """What no plan can be faster than: the fluid bound. Raises PlanError.
 
         In a time T a device can be as deep as its own speed lets it, its bits need a part of the
-        band, and the server has to lift the rest and to train; each condition by itself holds from
-        some T on.
+        band, and the server has to lift the rest, after its backlog, and to train; each condition
+        by itself holds from some T on.
         """
         held, first = self.problem.depths(), self.problem.server.first
         lightest = [min(some) - 1 for some in held]
@@ -345,10 +351,11 @@ class Pipeline:
             low += self.problem.server.last * self.train
             low = max(low, float((first * (least + encode + link)).max()) + self.train)
             enters = float((first * (least + encode + link)).min())
-            high = max(low, enters + self._served(held, low))
+            free = max(enters, self.backlog)
+            high = max(low, free + self._served(held, low))
             for _ in range(ROUNDS):
                 middle = (low + high) / 2
-                served = enters + self._served(held, middle)
+                served = free + self._served(held, middle)
                 low, high = (low, middle) if served <= middle else (middle, high)
             found.append(low)
         return min(found) + self.after

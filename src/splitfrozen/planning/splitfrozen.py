@@ -104,9 +104,10 @@ def replan(problem: Problem, current: Plan, judge: Judge, looks: int | None = No
 
     Args:
         problem: of the devices with samples left, and of those samples; speeds and links as they
-            were measured last; what the server has not done yet of what has come is in `after`.
+            were measured last; lifts of what has come, which the server has still to do, are its
+            `backlog`.
         current: the plan that was followed so far.
-        judge: the makespan, from now on, of a plan for what is still to come.
+        judge: the makespan, from now on, of a plan for what is still to come, with the backlog.
         looks: as in `plan`.
 
     Raises:

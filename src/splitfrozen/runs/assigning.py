@@ -5,7 +5,8 @@ the speeds that devices and server measured. What counts is when everything is a
 begins then, or has to wait for it, and takes the same whatever the depths.
 
 A new plan is for what is still to come, and chunks carry their depth, so nothing that was sent
-changes. It is followed where it saves GAIN of the time that is left.
+changes; what the server has still to lift of it keeps the server busy meanwhile. A new plan is
+followed where it saves GAIN of the time that is left.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from splitfrozen.config import Config
 from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
 from splitfrozen.planning import makespan
 from splitfrozen.planning.makespan import Knob, Plan, Problem, Server
 from splitfrozen.planning.splitfrozen import Found, moved, plan, replan
-from splitfrozen.records import SERVER
+from splitfrozen.records import SERVER, SampleTable
 from splitfrozen.runs.folder import RunFolder
-from splitfrozen.runs.forecast import Expected, Part, Speeds, chunks_of, simulate
+from splitfrozen.runs.forecast import Expected, Part, Speeds, believed, chunks_of, pieces, simulate
 from splitfrozen.runs.networklog import model_shape
 from splitfrozen.server.assignment import bytes_per_token
 from splitfrozen.server.registry import DeviceRow, Registry
@@ -39,18 +42,11 @@ CHANGE = 0.01
 LOOKS, LOOKS_ALL = 200, 4000
 """How often the judge is asked at most, for a device and for all: it takes longer with more."""
 
-CHUNKS, LEAST_CHUNKS, CHUNKS_ALL = 30, 4, 3000
-"""Of a device in the judge's eyes, at most and at least, and of all: more take longer and make
-hardly a difference."""
-
 KEPT = 20
 """Where more devices than that get another depth, it is not asked for each whether it has to."""
 
 REST_S, REST, RETRY_S = 1.0, 10, 30.0
 """Between two looks: so long, and so many times as long as the last one took; after an error."""
-
-SLOWEST, FASTEST = 1e3, 1e18
-"""What devices say of their speeds is taken to lie between, in FLOP/s or bit/s."""
 
 log = logging.getLogger("splitfrozen.assigning")
 
@@ -71,28 +67,30 @@ class Assigning:
         self._devices: dict[str, makespan.Device] = {}
         """As they were when depths were planned last."""
 
-    def look(self) -> None:
-        """Plan, if it is time to.
+    def look(self) -> bool:
+        """Plan, if it is time to; returns whether there is a new plan.
 
         Where that fails, depths stay as they are, and the run goes on.
         """
         begin = self._clock()
         if self._run.config.devices.depth != "auto" or begin < self._due:
-            return
+            return False
+        planned = False
         try:
-            self._look()
+            planned = self._look()
             self._due = begin + max(REST_S, REST * (self._clock() - begin))
         except Exception as error:
             # What devices say decides nothing but depths, and must not end anything else.
             log.warning("depths stay as they are: %s: %s", type(error).__name__, error)
             self._due = begin + RETRY_S
+        return planned
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
         self._house = self._house or _house(self._run)
         rows = self._able(self._house) if self._house else []
         fresh = [row.id for row in rows if row.depth is None]
         if self._house is None or not rows or (fresh and self._awaited()):
-            return
+            return False
         problem = self._house.problem(rows, self._left(rows))
         devices = {device.id: device for device in problem.devices}
         told = [d.id for d in problem.devices if moved(self._devices.get(d.id, d), d)]
@@ -101,10 +99,11 @@ class Assigning:
             self._plan(self._house, problem, rows, why)
         if fresh or told or not self._devices:
             self._devices = devices
+        return bool(fresh or told)
 
     def _able(self, house: _House) -> list[DeviceRow]:
         """Devices that take part, sorted by id."""
-        least = min(house.memory_bytes)
+        least = min(house.memory_bytes[house.least_depth - 1 :])
         able = [
             row
             for row in self._registry.devices()
@@ -137,6 +136,7 @@ class Assigning:
         return left
 
     def _plan(self, house: _House, problem: Problem, rows: Sequence[DeviceRow], why: str) -> None:
+        problem = house.behind(problem, self._store.samples())
         names = {device.id for device in problem.devices}
         known = {row.id: row.depth for row in rows if row.depth is not None and row.id in names}
 
@@ -183,6 +183,10 @@ class _House:
     memory_bytes: tuple[float, ...]
     lifts: float
 
+    @property
+    def least_depth(self) -> int:
+        return self.config.devices.least_depth
+
     def problem(self, rows: Sequence[DeviceRow], left: Mapping[str, tuple[int, int]]) -> Problem:
         """What is still to be sent, and by whom. `left`: samples and tokens by device."""
         cut, devices = len(self.memory_bytes), []
@@ -194,21 +198,32 @@ class _House:
             devices.append(
                 makespan.Device(
                     id=row.id,
-                    flops=min(max(row.profile.flops, SLOWEST), FASTEST),
+                    flops=believed(row.profile.flops),
                     memory_bytes=row.profile.memory_bytes,
                     samples=samples,
                     tokens=tokens,
                     front=tuple(forward_flops(self.shape, n + 1, load) for n in range(cut)),
                     lift=tuple(forward_flops(self.shape, cut - n - 1, load) for n in range(cut)),
-                    bps=min(max(row.profile.uplink_bps, SLOWEST), FASTEST),
+                    bps=believed(row.profile.uplink_bps),
                 )
             )
         most = max((device.tokens for device in devices), default=0.0)
         chunks = chunks_of(most, self.config, self.shape, self.knob.bytes_per_token)
         # No larger than the judge's pieces, or a bound would be none.
-        part = 1 / min(_pieces(len(devices)), chunks)
+        part = 1 / min(pieces(len(devices)), chunks)
         server = Server(flops=self.lifts, train=0.0, after=0.0, first=part, last=part)
-        return Problem(tuple(devices), self.memory_bytes, server, (self.knob,))
+        return Problem(
+            tuple(devices), self.memory_bytes, server, (self.knob,), least_depth=self.least_depth
+        )
+
+    def behind(self, problem: Problem, table: SampleTable) -> Problem:
+        """The problem with what the server has still to lift of the samples that it has."""
+        cut, backlog = len(self.memory_bytes), 0.0
+        for depth in range(1, cut):
+            tokens = table.tokens[table.depth == depth].astype(np.float64)
+            load = Tokens(len(tokens), float(tokens.sum()), float((tokens**2).sum()))
+            backlog += forward_flops(self.shape, cut - depth, load)
+        return replace(problem, server=replace(problem.server, backlog=backlog))
 
     def kept(
         self, problem: Problem, known: Mapping[str, int], found: Found
@@ -224,24 +239,20 @@ class _House:
         return depths, seconds
 
     def shallowest(self, device: makespan.Device) -> int:
-        """Depth of the shallowest front that a device holds."""
-        needs = enumerate(self.memory_bytes, 1)
+        """Depth of the shallowest front that a device holds and may run."""
+        needs = list(enumerate(self.memory_bytes, 1))[self.least_depth - 1 :]
         return next(n for n, need in needs if need <= device.memory_bytes)
 
     def seconds(self, problem: Problem, depths: Mapping[str, int]) -> float:
         """Until everything is at the cut, by the simulator."""
         expected = Expected(self.config, self.shape, self.knob.bytes_per_token)
+        expected.stored(problem.server.backlog)
         parts = (Part(d.id, depths[d.id], d.samples, d.tokens) for d in problem.devices)
-        expected.send(parts, _pieces(len(problem.devices)))
+        expected.send(parts, pieces(len(problem.devices)))
         flops = {(device.id, "front"): device.flops for device in problem.devices}
         links = {(device.id, SERVER): Link(device.bps) for device in problem.devices}
         speeds = Speeds({**flops, (SERVER, "lift"): self.lifts}, links)
         return simulate(expected.log.events, speeds).makespan
-
-
-def _pieces(devices: int) -> int:
-    """Chunks of a device at most, for the judge."""
-    return max(LEAST_CHUNKS, min(CHUNKS, CHUNKS_ALL // max(1, devices)))
 
 
 def _house(run: RunFolder) -> _House | None:

@@ -13,14 +13,22 @@ from splitfrozen.config import Config
 from splitfrozen.device.plan import VALUE_BYTES
 from splitfrozen.errors import RequestError
 from splitfrozen.model.costs import ModelShape, Tokens, forward_flops
-from splitfrozen.records import SERVER, Compute, Event
+from splitfrozen.records import SERVER, Compute, Event, Send
 from splitfrozen.runs.networklog import EventList, Piece, step_flops
+from splitfrozen.server.registry import DeviceRow
 from splitfrozen.simulation import timeline
 from splitfrozen.simulation.network import Link, Machine, Network
 from splitfrozen.simulation.timeline import Timeline
 
 MOST_PIECES = 1_000_000
 """Chunks and steps of a forecast: each is some events, which are held in memory."""
+
+CHUNKS, LEAST_CHUNKS, CHUNKS_ALL = 30, 4, 3000
+"""Of a device where they are added up, at most and at least, and of all: more take longer and make
+hardly a difference."""
+
+SLOWEST, FASTEST = 1e3, 1e18
+"""What devices say of their speeds is taken to lie between, in FLOP/s or bit/s."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,56 @@ class Part:
         return Tokens.uniform(share * self.samples, length)
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one device is expected to do.
+
+    Attributes:
+        device: id.
+        depth: n of its front.
+        samples, tokens: as announced.
+        seconds: from its first forward to the end of its last upload.
+        bytes: to be uploaded.
+    """
+
+    device: str
+    depth: int
+    samples: int
+    tokens: int
+    seconds: float
+    bytes: int
+
+
+def foretell(
+    rows: Iterable[DeviceRow], config: Config, shape: ModelShape, bytes_per_token: float
+) -> list[Forecast]:
+    """What devices are expected to do, by the simulator, in the order of ids.
+
+    Of each, all that it announced, at the depth that it has now and with the speed and link that it
+    measured last. Who has announced nothing, or has no depth or profile, is left out.
+    """
+    found, parts, flops, links = [], [], {}, {}
+    for row in sorted(rows, key=lambda row: row.id):
+        said, profile, depth = row.announcement, row.profile, row.depth
+        if said is None or profile is None or depth is None:
+            continue
+        size = round(said.tokens * bytes_per_token)
+        found.append(Forecast(row.id, depth, said.samples, said.tokens, 0.0, size))
+        parts.append(Part(row.id, depth, said.samples, said.tokens))
+        flops[row.id, "front"] = believed(profile.flops)
+        links[row.id, SERVER] = Link(believed(profile.uplink_bps))
+    expected = Expected(config, shape, bytes_per_token)
+    expected.send(parts, pieces(len(parts)))
+    # No device waits for the server's lifts.
+    line = simulate(expected.log.events, Speeds(flops | {(SERVER, "lift"): math.inf}, links))
+    ends = {
+        event.source: float(line.end[event.id])
+        for event in expected.log.events
+        if isinstance(event, Send)
+    }
+    return [with_changes(one, seconds=ends[one.device]) for one in found]
+
+
 class Expected:
     """The events of a run in which everybody begins at once.
 
@@ -63,6 +121,11 @@ class Expected:
         self.log = EventList()
         self._config, self._shape, self._cost = config, shape, bytes_per_token
         self._pieces = 0
+
+    def stored(self, flops: float) -> None:
+        """What the server has still to lift of what came before: it can begin at once."""
+        if flops:
+            self.log.compute((SERVER, "lift", 0), flops)
 
     def send(self, parts: Iterable[Part], most_chunks: int | None = None) -> tuple[int, ...]:
         """Everything is computed, sent and lifted; returns the events that end it.
@@ -105,6 +168,16 @@ class Expected:
                 allowed=f"{MOST_PIECES:,} together",
                 remedy="see `splitfrozen status` for who announced it",
             )
+
+
+def pieces(devices: int) -> int:
+    """Chunks of a device at most, where they are added up."""
+    return max(LEAST_CHUNKS, min(CHUNKS, CHUNKS_ALL // max(1, devices)))
+
+
+def believed(speed: float) -> float:
+    """A speed that a device told, within what can be."""
+    return min(max(speed, SLOWEST), FASTEST)
 
 
 def chunks_of(tokens: float, config: Config, shape: ModelShape, bytes_per_token: float) -> int:

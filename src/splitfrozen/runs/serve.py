@@ -29,11 +29,11 @@ from splitfrozen import config, logs
 from splitfrozen.config import Config
 from splitfrozen.disk import write_whole
 from splitfrozen.errors import ConfigError, SplitFrozenError, StoreError
-from splitfrozen.planning.depth import Forecast, forecast
 from splitfrozen.records import Outcome, Prepared
 from splitfrozen.runs import networklog, summary
 from splitfrozen.runs.assigning import Assigning
 from splitfrozen.runs.folder import NO_SPACE, Address, RunFolder
+from splitfrozen.runs.forecast import Forecast, foretell
 from splitfrozen.server import connections
 from splitfrozen.server.app import Services, build_app
 from splitfrozen.server.assignment import bytes_per_token
@@ -121,7 +121,7 @@ class _Server:
         self._stopping = threading.Event()
         self._failure: SplitFrozenError | None = None
         self._told, self._told_at = "", time.monotonic()
-        self._foretold = False
+        self._foretold = (run.root / "forecast.json").exists()
 
     def run(self) -> Outcome:
         run, registry = self._run, self._registry
@@ -263,8 +263,7 @@ class _Server:
         )
         try:
             while worker.poll() is None and not self._stopping.wait(POLL_S):
-                self._assigning.look()
-                self._forecast()
+                self._forecast(anew=self._assigning.look())
                 self._tell_progress()
             if worker.poll() is None:
                 worker.terminate()
@@ -296,27 +295,29 @@ class _Server:
 
     # --- what people see ---------------------------------------------------------------------
 
-    def _forecast(self) -> None:
-        """Once every device has a depth, say what is expected; once in a run."""
-        path, prepared = self._run.root / "forecast.json", self._load_prepared()
+    def _forecast(self, *, anew: bool) -> None:
+        """Once every device has a depth, say what is expected; `anew` where there is a new plan."""
+        prepared = self._load_prepared()
+        self._foretold &= not anew
         if self._foretold or prepared is None:
             return
         rows = [row for row in self._registry.devices() if not row.revoked]
-        self._foretold = path.exists()
-        if self._foretold or any(row.depth is None for row in rows):
+        if any(row.depth is None for row in rows):
             return
-        announced = {row.id: row.announcement for row in rows if row.announcement is not None}
-        profiles = {row.id: row.profile for row in rows if row.profile is not None}
-        depths = {row.id: row.depth for row in rows if row.depth is not None}
-        expected = forecast(
-            announced,
-            profiles,
-            {device: depths[device] for device in announced.keys() & profiles.keys()},
-            prepared.fronts,
-            bytes_per_token(prepared),
-        )
-        write_whole(path, json.dumps([dataclasses.asdict(one) for one in expected]).encode())
-        log.info("forecast\n%s", forecast_table(expected))
+        shape = networklog.model_shape(self._run)
+        if shape is None:
+            return
+        path, self._foretold = self._run.root / "forecast.json", True
+        first = not path.exists()
+        try:
+            expected = foretell(rows, self._run.config, shape, bytes_per_token(prepared))
+            told = json.dumps([dataclasses.asdict(one) for one in expected])
+            write_whole(path, told.encode())
+        except SplitFrozenError as error:
+            log.warning("no forecast: %s", error)
+            return
+        if first:
+            log.info("forecast\n%s", forecast_table(expected))
 
     def _invite(self, address: Address) -> None:
         run, tokens = self._run, self._registry.tokens().values()

@@ -7,7 +7,8 @@ depths into the registry, and may change them while devices send.
 from __future__ import annotations
 
 from splitfrozen.config import DevicesSpec
-from splitfrozen.errors import PlanError, RefusedError
+from splitfrozen.errors import RefusedError
+from splitfrozen.planning.depth import no_memory
 from splitfrozen.records import DeviceProfile, FrontManifest, Prepared
 from splitfrozen.server.registry import Registry
 from splitfrozen.wire.codec import codec
@@ -53,13 +54,8 @@ def take_profile(
     keeps that as its failure.
     """
     registry.profile(device, profile)
-    least = min(front.memory_bytes for front in prepared.fronts)
-    if spec.depth == "auto" and profile.memory_bytes < least:
-        error = PlanError(
-            f"{device} has not the memory for the shallowest front",
-            got=f"{profile.memory_bytes} bytes",
-            allowed=f"{least} bytes or more",
-            remedy="free memory on the device, or set model.front to a smaller precision",
-        )
+    fronts = [front for front in prepared.fronts if front.depth >= spec.least_depth]
+    if spec.depth == "auto" and all(one.memory_bytes > profile.memory_bytes for one in fronts):
+        error = no_memory(device, profile, fronts)
         registry.fail(device, str(error))
         raise error

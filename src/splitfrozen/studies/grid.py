@@ -399,7 +399,8 @@ def _canonical(made: Config) -> Config:
 
 def _key(made: Config, prompts: Sequence[str]) -> str:
     table = msgspec.to_builtins(made)
-    del table["run"]["folder"], table["server"]
+    # What only `serve` acts on.
+    del table["run"]["folder"], table["server"], table["devices"]["least_depth"]
     for name in FILES:
         section, _, key = name.partition(".")
         if table[section][key] is not None:
