@@ -159,18 +159,30 @@ def told(name: str, found: Mapping[str, Any]) -> str:
     return f"{name}, loss {found['target']:.4f}: rounds by rank (fitted) {', '.join(each)}"
 
 
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """How it was measured."""
+    return {
+        "model": options.model.name,
+        # Of a file its folder too: many are called "train.jsonl".
+        "data": "/".join(options.data.resolve().parts[-2:]),
+        "text": options.text,
+        "rows": options.rows,
+        "seeds": options.seeds,
+        "local_steps": options.local_steps,
+        "batch": BATCH,
+        "row_tokens": ROW,
+        "rate": options.rate,
+        "alpha_over_rank": SCALE,
+    }
+
+
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     measured = result_of(measure(options), options.rounds)
     result = {
         **measured,
-        "model": options.model.name,
-        "data": options.data.name,
-        "local_steps": options.local_steps,
-        "batch": BATCH,
-        "row_tokens": ROW,
-        "rate": options.rate,
+        **setting(options),
         "environment": environment(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

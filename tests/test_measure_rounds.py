@@ -64,6 +64,28 @@ def test_the_planner_reads_what_is_written(script: ModuleType, tmp_path: Path) -
     assert easier == {way: one["rounds"] for way, one in found["easier"].items()}
 
 
+def test_alpha_over_rank_is_that_of_the_training(script: ModuleType, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        model=Path("some/llama"),
+        data=tmp_path / "sst2" / "train.jsonl",
+        text="{text}",
+        rows=8,
+        seeds=3,
+        local_steps=2,
+        rate=1e-2,
+    )
+    told = script.setting(options)
+    assert (told["data"], told["text"], told["model"]) == ("sst2/train.jsonl", "{text}", "llama")
+    assert (told["rows"], told["seeds"], told["alpha_over_rank"]) == (8, 3, script.SCALE)
+    content = read_toml(ROOT / "experiments" / "fedsllm.toml") | {"rounds": "rounds.json"}
+    spec = plan_file.load(content, plan_fedsllm_file.Experiment)
+    for said, scale in (({**told, "alpha_over_rank": 3.0}, 3.0), ({}, 2.0)):
+        (tmp_path / "rounds.json").write_text(json.dumps({"rounds": {}, **said}))
+        assert plan_fedsllm_file.alpha_over_rank(spec, tmp_path) == scale
+    spec = plan_file.load({**content, "rounds": {"1": 5.0}}, plan_fedsllm_file.Experiment)
+    assert plan_fedsllm_file.alpha_over_rank(spec, tmp_path) == 2.0
+
+
 def test_a_training_is_measured_after_every_round(
     script: ModuleType, save_model: Callable[..., Path], tmp_path: Path
 ) -> None:

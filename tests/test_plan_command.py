@@ -290,11 +290,12 @@ def test_what_fedsllm_decides_is_a_run(tmp_path: Path) -> None:
     table = config.read_toml(EXPERIMENTS / "fedsllm.toml")
     experiment = plan_file.load(table, plan_fedsllm_file.Experiment)
     _, run = files(tmp_path, run=RUN + '[method]\nname = "fedsllm"\nlocal_epochs = 2\n')
-    plan_run.write(run, plan_fedsllm._run(experiment, 1, 8), (), tmp_path / "new.toml")
+    plan_run.write(run, plan_fedsllm._run(experiment, 1, 8, 2.0), (), tmp_path / "new.toml")
     spec = config.load(tmp_path / "new.toml")
     assert (spec.model.cut, spec.lora.rank, spec.devices.count) == (1, 8, 5)
     assert (spec.method.local_steps, spec.train.batch_size) == (12, 16)
     assert spec.lora.alpha == 16.0
+    assert plan_fedsllm._run(experiment, 1, 8, 1.5)["lora"] == {"rank": 8, "alpha": 12.0}
 
 
 @pytest.mark.parametrize(("bits", "codec"), [(32, "float32"), (16, "float16"), (12, None)])
@@ -305,7 +306,7 @@ def test_values_of_a_fedsllm_run_have_the_bits_that_are_planned_for(
     table["model"]["value_bits"] = bits
     experiment = plan_file.load(table, plan_fedsllm_file.Experiment)
     _, run = files(tmp_path, run=RUN + '[wire]\ncodec = "int8"\ncompression = "zlib"\n')
-    told = plan_run.write(run, plan_fedsllm._run(experiment, 1, 4), (), tmp_path / "new.toml")
+    told = plan_run.write(run, plan_fedsllm._run(experiment, 1, 4, 2.0), (), tmp_path / "new.toml")
     spec = config.load(tmp_path / "new.toml")
     about = {"shape": "gpt2-small", "tokens": 512, "besides": plan_fedsllm._besides(experiment)}
     unseen = [line for line in _not_looked_at(spec, about) if line.startswith("Not looked at e")]

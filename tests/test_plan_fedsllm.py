@@ -25,7 +25,7 @@ from splitfrozen.planning.power import by_bisection, end_s
 from splitfrozen.planning.rounds import FORMS, Fit, Form, fit, rounds_to, target_of
 from splitfrozen.planning.subchannels import best, greedy
 from splitfrozen.records import Outcome
-from splitfrozen.studies import plan_fedsllm, plan_file
+from splitfrozen.studies import plan_fedsllm, plan_fedsllm_text, plan_file
 from splitfrozen.studies.plan_fedsllm_file import (
     Experiment,
     drawn,
@@ -313,18 +313,61 @@ def test_the_study_holds_what_it_is_for(study: tuple[Outcome, Path]) -> None:
     assert data["descent_gap_mean"] <= 0.01
     assert data["descent_gap_max"] <= 0.05
     assert data["descent_gap_max"] <= data["paper_greedy_gap_max"] + 1e-9
+    for key in ("descent_gap", "paper_greedy_gap"):
+        assert -1e-9 <= data[f"{key}_min"] <= data[f"{key}_mean"] <= data[f"{key}_max"]
+        assert f"{data[f'{key}_min']:+.3%} to {data[f'{key}_max']:+.3%}" in study[0].text
+    assert data["large"]["cpu_s"] > 0
+    assert f"planned in {data['large']['cpu_s']:.2f} s of CPU" in study[0].text
     assert 0 < data["delay_saved"] < 1
     assert data["delay_saved"] == max(data["delay_saved_against"].values())
     assert data["paper_delay_saved"] == 0.6
     assert set(data["trends"]) == {"5", "6", "7"}
     assert (data["large"]["clients"], data["large"]["subchannels"]) == (12, 15)
     assert set(data["order"]) == {"5", "6", "7", "8"}
+    for number, claims in data["claims"].items():
+        *lie, fall = claims
+        assert fall == "all fall"
+        assert data["order"][number] == all(claims[name] for name in lie)
     assert all(claims["proposed is least"] for claims in data["claims"].values())
     for number, varied_ in zip(
         "5678", ("bandwidth", "FLOP of a client", "speed of the main", "most power"), strict=True
     ):
         assert f"Figure {number} of the paper: {varied_}" in study[0].text
     assert "bandwidth of a link, kHz" in study[0].text
+
+
+def test_the_first_cells_plan_gives_every_subchannel_away_and_keeps_the_limits(
+    study: tuple[Outcome, Path], spec: Experiment
+) -> None:
+    data: dict[str, Any] = study[0].data
+    plan, problem = data["plan"], drawn(spec, ROUNDS, 0)
+    assert plan["split"] in problem.workloads
+    assert plan["rank"] in ROUNDS
+    uses = {}
+    for name, link in (("main", problem.main), ("federated", problem.federated)):
+        owner, watts = np.array(plan[name]["owner"]), np.array(plan[name]["watts"])
+        assert len(owner) == len(watts) == spec.link.subchannels
+        assert set(owner) == set(range(spec.cell.clients)), "each subchannel has one of them"
+        assert np.bincount(owner, watts).max() <= link.client_w * (1 + 1e-9)
+        assert 0 < watts.sum() <= link.total_w * (1 + 1e-9)
+        uses[name] = Allocation(owner, watts / link.subchannel_hz)
+    again = Plan(plan["split"], plan["rank"], **uses)
+    assert time_s(problem, again) == pytest.approx(plan["delay_s"], rel=1e-9)
+    assert violated(problem, again) is None
+    said = f"The first cell: split {plan['split']}, rank {plan['rank']}, "
+    table_ = study[0].text.partition(said)[2].splitlines()[1:7]
+    assert table_[0].split()[0] == "client"
+    own = [str(i) for i, one in enumerate(plan["main"]["owner"]) if one == 0]
+    assert table_[1].split()[: 1 + len(own)] == ["0", *own]
+
+
+def test_the_paper_may_be_left_out(study: tuple[Outcome, Path]) -> None:
+    content = table()
+    del content["paper"]
+    assert load(content).paper is None
+    data = {key: value for key, value in study[0].data.items() if key != "paper_delay_saved"}
+    text = plan_fedsllm_text.told(data, ROUNDS)
+    assert text == study[0].text.partition("\n\nwrote")[0].replace(" (paper: about 60%)", "")
 
 
 def test_what_is_saved_has_a_spread_and_depends_on_the_target(
@@ -370,13 +413,15 @@ def test_claims_are_judged_by_the_curves() -> None:
         return {"figure": number, "delay_s": {name: {"mean": m} for name, m in curves.items()}}
 
     good = {"proposed": [5.0, 2.0], "a": [12.0, 7.0], "b": [8.0, 3.0], "c": [9.0, 4.0]}
-    claims = plan_fedsllm._claims(figure("5", **good, d=[10.0, 5.0]))
-    assert set(claims.values()) == {True}
-    claims = plan_fedsllm._claims(figure("6", **{**good, "c": [5.5, 4.0]}, d=[7.0, 8.0]))
-    false = {name for name, holds in claims.items() if not holds}
-    assert false == {"a is most", "d is above b", "all fall"}
-    claims = plan_fedsllm._claims(figure("7", **{**good, "proposed": [9.0, 2.0]}, d=[10.0, 5.0]))
-    assert not claims["proposed is least"]
+    lie, fall = plan_fedsllm._claims(figure("5", **good, d=[10.0, 5.0]))
+    assert set(lie.values()) == {True}
+    assert fall
+    lie, fall = plan_fedsllm._claims(figure("6", **{**good, "c": [5.5, 4.0]}, d=[7.0, 8.0]))
+    assert {name for name, holds in lie.items() if not holds} == {"a is most", "d is above b"}
+    assert not fall
+    lie, fall = plan_fedsllm._claims(figure("7", **{**good, "proposed": [9.0, 2.0]}, d=[10.0, 5.0]))
+    assert not lie["proposed is least"]
+    assert fall
 
 
 @pytest.mark.parametrize(
@@ -403,7 +448,7 @@ def test_trends_are_judged_by_seconds(
     gap = [a - b for a, b in zip(own, ours, strict=True)]
     assert found["gap_s"] == pytest.approx(gap)
     assert found["gap_part"] == pytest.approx([g / a for g, a in zip(gap, own, strict=True)])
-    text = plan_fedsllm._trend_text(found)
+    text = plan_fedsllm_text._trend_text(found)
     assert text.startswith(f"{says}: {'yes' if holds else 'no'}, from ")
     assert f"as a part of its delay: {'yes' if as_part else 'no'}, from " in text
 

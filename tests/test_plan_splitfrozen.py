@@ -487,7 +487,8 @@ def test_json_has_the_plan_beside_the_rules_and_the_bound(outcome: tuple[Outcome
         "codec": names,
     }
     assert data["bound_s"] <= data["makespan_s"] <= min(data["paper_rule_s"], data["depth_rule_s"])
-    assert set(data["gap"]) == {"instances", "max", "mean", "within_1_percent"}
+    assert set(data["gap"]) == {"instances", "min", "max", "mean", "within_1_percent"}
+    assert Path(data["file"]).name == "small.toml"
     assert data["gap"]["instances"] == 2
     assert data["crowd"]["clients"] == 5
     assert "2 drawn networks" in outcome[0].text
@@ -495,6 +496,7 @@ def test_json_has_the_plan_beside_the_rules_and_the_bound(outcome: tuple[Outcome
 
 def test_figures_come_with_their_data(outcome: tuple[Outcome, Path]) -> None:
     said, folder = outcome
+    assert json.loads((folder / "small.json").read_text())["plan"] == said.data["plan"]
     for name in ("small-gantt.png", "small-uplink.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     with (folder / "small-uplink.csv").open(newline="") as file:
@@ -577,6 +579,7 @@ def test_a_step_may_be_larger_than_all_there_is(tmp_path: Path) -> None:
         ('name = "int8"', 'name = "float32"', "codecs.name"),
         ('name = "fast"', 'name = "slow"', "devices.name"),
         ("tokens = 32", "tokens = 0", "data.tokens"),
+        ("bps = [1e7, 1e9]", "bps = [1e9, 1e7]", "`figure.bps` is wrong: got [1000000000.0, 1000"),
         ("samples = 20", "samples = 1e12", "`data` is wrong: got 1.25e+11 steps of 3 devices"),
         ("samples = 20", "samples = 1e300", "1.25e+299 steps"),
         ("count = 2", "count = 1000", "got 1001; allowed: at most 1000 together; take 1 out"),

@@ -133,6 +133,25 @@ def solve(problem: Problem) -> Choice:
     return Choice(rho, levels, blocks, ratio, accuracy, delay)
 
 
+def violated(problem: Problem, choice: Choice) -> str | None:
+    """The first constraint of P1 that a choice breaks, by name and how; None where it keeps all."""
+    accuracy = float(problem.surface.accuracy(choice.rho, choice.levels))
+    if accuracy < problem.least_accuracy - BLIND:
+        return f"accuracy: {accuracy:.6f}, of {problem.least_accuracy:.6f} at least"
+    needed = problem.memory_bytes(choice.blocks)
+    for device in problem.system.devices:
+        if needed >= device.memory_bytes:
+            return f"memory: {needed:.0f} bytes of {device.id}, which has {device.memory_bytes:.0f}"
+    for name, value, (least, most) in (
+        ("keep rate:", choice.rho, problem.bounds.rho),
+        ("levels:", choice.levels, problem.bounds.levels),
+        ("blocks:", choice.blocks, problem.bounds.blocks),
+    ):
+        if not least <= value <= most:
+            return f"{name} {value:g}, of {least:g} to {most:g}"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Every combination of so many keep rates with all levels and all blocks of a problem.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,22 +19,22 @@ import numpy as np
 from splitfrozen import rng
 from splitfrozen.disk import explained
 from splitfrozen.planning import fedsllm
-from splitfrozen.planning.channel import Doubles, shared_out
+from splitfrozen.planning.channel import Allocation, Doubles, Link, shared_out
 from splitfrozen.planning.fedsllm import BLOCKS, Block, Plan, Problem, time_s
 from splitfrozen.planning.power import Upload, by_bisection, by_convex, end_s
 from splitfrozen.records import Outcome
-from splitfrozen.runs.summary import table
 from splitfrozen.studies import plan_fedsllm_figures as drawings
 from splitfrozen.studies.plan_fedsllm_file import (
     Experiment,
+    alpha_over_rank,
     drawn,
     easier_rounds,
     rounds,
-    rounds_text,
     sized,
     small_instances,
     varied,
 )
+from splitfrozen.studies.plan_fedsllm_text import told
 from splitfrozen.studies.plan_file import load, write_result
 
 OURS = "proposed"
@@ -58,8 +59,6 @@ CONVEX_CELLS = 20
 """Cells in which the convex programme is solved too, beside all small instances."""
 EQUAL = 1e-9
 """Delays that differ by less are equal."""
-SCALE = 2.0
-"""alpha / r of the training that scripts/measure_rounds.py takes E(r) from."""
 CODECS = {32: "float32", 16: "float16"}
 """By the bits of a value."""
 
@@ -72,27 +71,35 @@ def plan(source: Path, content: dict[str, Any], out: Path | None) -> Outcome:
     Raises ConfigError, PlanError, StoreError.
     """
     spec = load(content, Experiment)
-    given = rounds(spec, source.parent)
+    given, scale = rounds(spec, source.parent), alpha_over_rank(spec, source.parent)
+    delays, chosen = _delays(spec, given)
+    [((split, rank), _)] = Counter((one.split, one.rank) for one in chosen).most_common(1)
     data: dict[str, Any] = {
         "system": spec.system,
         "file": str(source),
         "rounds": {str(rank): value for rank, value in given.items()},
         "cells": spec.cells,
-        **_saved(spec, given),
+        "plan": _planned(drawn(spec, given, 0), chosen[0]),
+        **_saved(delays),
+        **({"paper_delay_saved": spec.paper.delay_saved} if spec.paper else {}),
+        "run": _run(spec, split, rank, scale),
+        "planned_for": {
+            "shape": spec.model.shape,
+            "tokens": spec.model.tokens,
+            "besides": _besides(spec),
+        },
         "delay_saved_by_target": _saved_by_target(spec, source.parent),
         **_checked(spec, given),
         "large": _large(spec, given),
     }
     data["figures"] = [_figure(spec, given, number) for number in FIGURES]
-    data["claims"] = {figure["figure"]: _claims(figure) for figure in data["figures"]}
+    claims = {figure["figure"]: _claims(figure) for figure in data["figures"]}
+    data["claims"] = {number: {**lie, "all fall": fall} for number, (lie, fall) in claims.items()}
     data["trends"] = {
         figure["figure"]: _trend(figure) for figure in data["figures"] if figure["figure"] in TRENDS
     }
-    data["order"] = {
-        number: all(holds for name, holds in claims.items() if name in ORDER)
-        for number, claims in data["claims"].items()
-    }
-    text = _text(data, given)
+    data["order"] = {number: all(lie.values()) for number, (lie, _) in claims.items()}
+    text = told(data, given)
     if out is not None:
         text += "\n\n" + "\n".join(f"wrote {path}" for path in _write(source, data, out))
     return Outcome(data, text)
@@ -111,16 +118,14 @@ def plans(spec: Experiment, problem: Problem, number: int) -> dict[str, Plan]:
     return {name: fedsllm.descend(problem, start, free) for name, free in SCHEMES.items()}
 
 
-def _delays(
-    spec: Experiment, given: Mapping[int, float]
-) -> tuple[dict[str, Doubles], list[tuple[int, int]]]:
-    """Delay by scheme, s, and our split and rank, in all cells."""
+def _delays(spec: Experiment, given: Mapping[int, float]) -> tuple[dict[str, Doubles], list[Plan]]:
+    """Delay by scheme, s, and our plan, in all cells."""
     found: dict[str, list[float]] = {name: [] for name in SCHEMES}
-    ours: list[tuple[int, int]] = []
+    ours: list[Plan] = []
     for number in range(spec.cells):
         problem = drawn(spec, given, number)
         chosen = plans(spec, problem, number)
-        ours.append((chosen[OURS].split, chosen[OURS].rank))
+        ours.append(chosen[OURS])
         for name, one in chosen.items():
             found[name].append(time_s(problem, one))
     return {name: np.array(values) for name, values in found.items()}, ours
@@ -129,26 +134,39 @@ def _delays(
 # --- the whole study -------------------------------------------------------------------------
 
 
-def _saved(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
+def _planned(problem: Problem, chosen: Plan) -> dict[str, object]:
+    """The first cell's plan: of each link, whose a subchannel is, and the watts sent on it."""
+    return {
+        "split": chosen.split,
+        "rank": chosen.rank,
+        "delay_s": _kept_s(problem, chosen),
+        "main": _used(problem.main, chosen.main),
+        "federated": _used(problem.federated, chosen.federated),
+    }
+
+
+def _used(link: Link, use: Allocation) -> dict[str, list[Any]]:
+    return {"owner": use.owner.tolist(), "watts": (use.psd * link.subchannel_hz).tolist()}
+
+
+def _kept_s(problem: Problem, chosen: Plan) -> float:
+    """How long the training takes by a plan, which keeps the constraints."""
+    broken = fedsllm.violated(problem, chosen)
+    assert broken is None, broken
+    return time_s(problem, chosen)
+
+
+def _saved(delays: Mapping[str, Doubles]) -> dict[str, object]:
     """By how much less the mean delay is in the setting of the file, and the spread over cells."""
-    delays, chosen = _delays(spec, given)
     means = {name: float(values.mean()) for name, values in delays.items()}
-    (split, rank), _ = Counter(chosen).most_common(1)[0]
     saved = {name: 1 - means[OURS] / mean for name, mean in means.items() if name != OURS}
     low, high = np.percentile(1 - delays[OURS] / delays["a"], SPREAD)
     return {
         "delay_saved": saved["a"],
         "delay_saved_low": float(low),
         "delay_saved_high": float(high),
-        "paper_delay_saved": spec.paper.delay_saved,
         "delay_saved_against": saved,
         "delay_s": means,
-        "run": _run(spec, split, rank),
-        "planned_for": {
-            "shape": spec.model.shape,
-            "tokens": spec.model.tokens,
-            "besides": _besides(spec),
-        },
     }
 
 
@@ -161,13 +179,13 @@ def _saved_by_target(spec: Experiment, folder: Path) -> dict[str, float]:
     return found
 
 
-def _run(spec: Experiment, split: int, rank: int) -> dict[str, Any]:
+def _run(spec: Experiment, split: int, rank: int, scale: float) -> dict[str, Any]:
     """What the plan makes of a run's file."""
     steps = {"local_steps": spec.model.local_steps, "local_epochs": None}
     changes: dict[str, Any] = {
         "model": {"cut": split},
         "devices": {"count": spec.cell.clients, "depth": "auto"},
-        "lora": {"rank": rank, "alpha": SCALE * rank},
+        "lora": {"rank": rank, "alpha": scale * rank},
         "train": {"batch_size": spec.model.batch},
         "method": {"name": "fedsllm", **steps},
     }
@@ -198,9 +216,9 @@ def _checked(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
     for number, problem in small_instances(spec, given):
         best = fedsllm.optimum(problem)
         choices.add((best.split, best.rank))
-        least, greedy = time_s(problem, best), fedsllm.solve(problem, search=False)
-        ours.append(time_s(problem, fedsllm.solve(problem)) / least - 1)
-        papers.append(time_s(problem, greedy) / least - 1)
+        least, greedy = _kept_s(problem, best), fedsllm.solve(problem, search=False)
+        ours.append(_kept_s(problem, fedsllm.solve(problem)) / least - 1)
+        papers.append(_kept_s(problem, greedy) / least - 1)
         powers.append(_power_gap(spec, fedsllm.activations(problem, best.split, best.rank), number))
     log.info("%d small instances are enumerated", len(ours))
     for number in range(min(spec.cells, CONVEX_CELLS)):
@@ -211,10 +229,12 @@ def _checked(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
         "power_gap": max(powers),
         "power_instances": len(powers),
         "descent_gap_mean": float(np.mean(ours)),
+        "descent_gap_min": min(ours),
         "descent_gap_max": max(ours),
         "descent_instances": len(ours),
         "descent_choices": len(choices),
         "paper_greedy_gap_mean": float(np.mean(papers)),
+        "paper_greedy_gap_min": min(papers),
         "paper_greedy_gap_max": max(papers),
     }
 
@@ -228,23 +248,19 @@ def _power_gap(spec: Experiment, upload: Upload, number: int) -> float:
 
 def _large(spec: Experiment, given: Mapping[int, float]) -> dict[str, object]:
     """One plan for many; with fading, or there would be nothing to choose but powers."""
-    problem = large_instance(spec, given)
+    own = sized(spec, spec.large.clients, spec.large.subchannels, rayleigh=True)
+    problem = drawn(own, given, 0)
+    begin = time.process_time()
     chosen = fedsllm.solve(problem)
-    broken = fedsllm.violated(problem, chosen)
-    assert broken is None, broken
+    seconds = time.process_time() - begin
     return {
         "clients": problem.main.clients,
         "subchannels": problem.main.subchannels,
         "split": chosen.split,
         "rank": chosen.rank,
-        "delay_s": time_s(problem, chosen),
+        "delay_s": _kept_s(problem, chosen),
+        "cpu_s": seconds,
     }
-
-
-def large_instance(spec: Experiment, given: Mapping[int, float]) -> Problem:
-    """The one of [large]."""
-    own = sized(spec, spec.large.clients, spec.large.subchannels, rayleigh=True)
-    return drawn(own, given, 0)
 
 
 def _figure(spec: Experiment, given: Mapping[int, float], number: str) -> dict[str, Any]:
@@ -268,9 +284,6 @@ def _figure(spec: Experiment, given: Mapping[int, float], number: str) -> dict[s
     }
 
 
-ORDER = ("proposed is least", "a is most", "d is above b")
-
-
 TRENDS = {
     "5": ("b", "comes nearer"),
     "6": ("c", "comes nearer"),
@@ -279,19 +292,20 @@ TRENDS = {
 """Which scheme does what, from the least to the greatest value of a figure; section VII-C."""
 
 
-def _claims(figure: Mapping[str, Any]) -> dict[str, bool]:
-    """What section VII-C says of how the curves lie, and whether these do, by their means.
+def _claims(figure: Mapping[str, Any]) -> tuple[dict[str, bool], bool]:
+    """What section VII-C says of how the curves lie, and whether these do, by their means; and
+    whether all fall.
 
-    It says the first three, `ORDER`, in general, but the third of figure 7 alone.
+    It says the third of figure 7 alone.
     """
     mean = {name: np.array(one["mean"]) for name, one in figure["delay_s"].items()}
     ours, others = mean[OURS], [mean[name] for name in SCHEMES if name != OURS]
-    return {
-        ORDER[0]: all(bool(np.all(ours <= other * (1 + EQUAL))) for other in others),
-        ORDER[1]: all(bool(np.all(mean["a"] >= other * (1 - EQUAL))) for other in others),
-        ORDER[2]: bool(np.all(mean["d"] > mean["b"])),
-        "all fall": all(bool(np.all(np.diff(one) <= EQUAL * one[:-1])) for one in mean.values()),
+    lie = {
+        "proposed is least": all(bool(np.all(ours <= other * (1 + EQUAL))) for other in others),
+        "a is most": all(bool(np.all(mean["a"] >= other * (1 - EQUAL))) for other in others),
+        "d is above b": bool(np.all(mean["d"] > mean["b"])),
     }
+    return lie, all(bool(np.all(np.diff(one) <= EQUAL * one[:-1])) for one in mean.values())
 
 
 def _trend(figure: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,58 +329,6 @@ def _trend(figure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- what is written -------------------------------------------------------------------------
-
-
-def _text(data: Mapping[str, Any], given: Mapping[int, float]) -> str:
-    lines = [
-        f"E(r): {rounds_text(given)}",
-        f"Power, {data['power_instances']} instances: convex programme and bisection differ by at "
-        f"most {data['power_gap']:.1e} (allowed: 1e-6)",
-        f"Descent, {data['descent_instances']} enumerated instances: over the optimum by "
-        f"{abs(data['descent_gap_mean']):.3%} on average (allowed: 1 %), "
-        f"{abs(data['descent_gap_max']):.3%} at most (allowed: 5 %)",
-        f"  with the paper's greedy subchannels: {data['paper_greedy_gap_mean']:.3%} and "
-        f"{data['paper_greedy_gap_max']:.3%}",
-        "{clients} clients, {subchannels} subchannels: split {split}, rank {rank}, ".format(
-            **data["large"]
-        )
-        + f"{data['large']['delay_s'] / drawings.HOUR_S:.4g} hours",
-        f"Delay saved against baseline a: {data['delay_saved']:.1%} "
-        f"(paper: about {data['paper_delay_saved']:.0%}); from the 10th to the 90th percentile of "
-        f"the cells {data['delay_saved_low']:.1%} to {data['delay_saved_high']:.1%}; against "
-        + ", ".join(f"{name} {part:.1%}" for name, part in data["delay_saved_against"].items()),
-        *(
-            f"  with E(r) at {float(way):.0%} of the way to the target: {saved:.1%}"
-            for way, saved in data["delay_saved_by_target"].items()
-        ),
-    ]
-    for figure in data["figures"]:
-        label, unit, _ = drawings.AXES[figure["vary"]]
-        header = (label, *figure["delay_s"])
-        columns = [one["mean"] for one in figure["delay_s"].values()]
-        rows = [
-            (f"{value / unit:g}", *(f"{mean / drawings.HOUR_S:.3f}" for mean in means))
-            for value, *means in zip(figure["values"], *columns, strict=True)
-        ]
-        lines += ["", f"{drawings.heading(figure)}; mean delay, hours", table(header, rows)]
-        claims = data["claims"][figure["figure"]]
-        lines.append("; ".join(f"{name}: {_yes(holds)}" for name, holds in claims.items()))
-        trend = data["trends"].get(figure["figure"])
-        lines += [_trend_text(trend)] if trend else []
-    return "\n".join(lines)
-
-
-def _yes(holds: bool) -> str:
-    return "yes" if holds else "no"
-
-
-def _trend_text(trend: Mapping[str, Any]) -> str:
-    hours = [f"{gap / drawings.HOUR_S:.4g}" for gap in trend["gap_s"]]
-    parts = [f"{part:.2%}" for part in trend["gap_part"]]
-    return (
-        f"{trend['says']}: {_yes(trend['holds'])}, from {' to '.join(hours)} hours; as a part of "
-        f"its delay: {_yes(trend['holds_as_part'])}, from {' to '.join(parts)}"
-    )
 
 
 def _write(source: Path, data: Mapping[str, Any], out: Path) -> list[Path]:

@@ -8,7 +8,7 @@
     [figures]  FiguresPart    what the delay is drawn over
     [small]    SmallPart      instances that are enumerated
     [large]    LargePart      an instance as large as is asked for
-    [paper]    PaperPart      to print beside
+    [paper]    PaperPart      to print beside; optional
 
 experiments/fedsllm.toml is an example with sources; docs/planning.md lists the keys.
 """
@@ -30,16 +30,18 @@ from splitfrozen import rng
 from splitfrozen.config import Above0, Natural, Spec, Whole
 from splitfrozen.errors import PlanError
 from splitfrozen.model import costs
-from splitfrozen.model.costs import HeadMap, ModelShape, Tokens
+from splitfrozen.model.costs import ModelShape, Tokens
 from splitfrozen.planning.channel import Doubles, Link, path_gains, positions, watts
 from splitfrozen.planning.fedsllm import Problem, Workload
 from splitfrozen.simulation.experiment import SHAPES
-from splitfrozen.studies.plan_file import MOST, bad
+from splitfrozen.studies.plan_file import MOST, bad, refuse_unsorted, with_vocabulary
 
 MEASURE = (
     "`python scripts/measure_rounds.py --data ../shared/data/sst2/train.jsonl --text '{text}'`"
 )
 """What makes E(r), for people; the file that it writes is the one of experiments/fedsllm.toml."""
+USUAL = 2.0
+"""alpha / r of LoRA where a file says nothing of it."""
 FAINTEST = 3e-6
 """Of a signal, over the noise: beside the 1 of log2(1 + SNR), weaker ones are lost in rounding."""
 MOST_ENUMERATED = 20_000
@@ -107,8 +109,7 @@ class FiguresPart(Spec, frozen=True):
 
     def __post_init__(self) -> None:
         for key, values in structs.asdict(self).items():
-            if list(values) != sorted(set(values)):
-                raise bad(f"figures.{key}", values, "values that rise", "sort them")
+            refuse_unsorted(f"figures.{key}", values)
 
 
 class SmallPart(Spec, frozen=True):
@@ -149,7 +150,7 @@ class Experiment(Spec, frozen=True):
     figures: FiguresPart
     small: SmallPart
     large: LargePart
-    paper: PaperPart
+    paper: PaperPart | None = None
     cells: Annotated[int, Meta(ge=1, le=10_000)] = 50
     seed: Natural = 0
 
@@ -174,9 +175,7 @@ class Experiment(Spec, frozen=True):
     @property
     def shape(self) -> ModelShape:
         """With its head, which the server has."""
-        shape = SHAPES[self.model.shape]()
-        head = HeadMap(shape.width, self.model.vocabulary, pooled=False, trained=False)
-        return replace(shape, head=(head,), vocabulary=self.model.vocabulary)
+        return with_vocabulary(SHAPES[self.model.shape](), self.model.vocabulary)
 
 
 def rounds(spec: Experiment, folder: Path) -> dict[int, float]:
@@ -197,6 +196,11 @@ def easier_rounds(spec: Experiment, folder: Path) -> dict[str, dict[int, float]]
         f"{way:g}": _of_ranks(spec, easier.rounds, f"`easier` {way:g} of {path}")
         for way, easier in _read(path).easier.items()
     }
+
+
+def alpha_over_rank(spec: Experiment, folder: Path) -> float:
+    """Of LoRA in the training that E(r) is of. Raises ConfigError."""
+    return USUAL if isinstance(spec.rounds, dict) else _read(folder / spec.rounds).alpha_over_rank
 
 
 def _of_ranks(spec: Experiment, given: Mapping[str, float], where: str) -> dict[int, float]:
@@ -221,6 +225,7 @@ class _Measured(_AtTarget):
     easier: dict[Annotated[float, Meta(gt=0, le=1)], _AtTarget] = msgspec.field(
         default_factory=dict
     )
+    alpha_over_rank: Annotated[float, Meta(gt=0, le=MOST)] = USUAL
 
 
 def _read(path: Path) -> _Measured:

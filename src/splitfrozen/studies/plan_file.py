@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from splitfrozen.config import Spec, convert
 from splitfrozen.disk import explained, write_whole
 from splitfrozen.errors import ConfigError
+from splitfrozen.model.costs import HeadMap, ModelShape
 from splitfrozen.studies.environment import environment
 
 DOCUMENT = "docs/planning.md"
@@ -29,6 +31,19 @@ def load(table: dict[str, Any], kind: type[_SpecT]) -> _SpecT:
 def bad(key: str, got: object, allowed: str, remedy: str) -> ConfigError:
     """The error for a key of a file."""
     return ConfigError(f"`{key}` is wrong", got=got, allowed=allowed, remedy=remedy)
+
+
+def refuse_unsorted(key: str, values: Sequence[float]) -> None:
+    """What a figure is drawn over goes from its least to its greatest value. Raises ConfigError."""
+    if list(values) != sorted(set(values)):
+        raise bad(key, list(values), "values that rise", "sort them, each once")
+
+
+def with_vocabulary(shape: ModelShape, vocabulary: int) -> ModelShape:
+    """With a table of tokens below the blocks, and above them, on the server, a head that predicts
+    the next one. Both are frozen."""
+    head = HeadMap(shape.width, vocabulary, pooled=False, trained=False)
+    return replace(shape, head=(head,), vocabulary=vocabulary)
 
 
 def write_result(path: Path, data: Mapping[str, object]) -> None:

@@ -110,7 +110,7 @@ def _bytes(result: Mapping[str, Any]) -> Any:
 
 
 def _bandwidth(result: Mapping[str, Any]) -> Any:
-    rows = sorted(result["figures"]["bandwidth"], key=lambda row: row["total_hz"])
+    rows = result["figures"]["bandwidth"]
     figure = _figure(5.6, 3.8)
     panel = figure.subplots()
     for colour, name in zip(COLOURS, ("sft", "equal", "random"), strict=False):
@@ -128,20 +128,18 @@ def _bandwidth(result: Mapping[str, Any]) -> Any:
 
 
 def _delay(result: Mapping[str, Any]) -> Any:
-    """The plan, the paper's setting under the same model, and what the paper measured."""
-    series = {
-        "as planned": {name: value / 60 for name, value in result["delay_s"].items()},
-        "the paper's setting": {
-            name: value / 60 for name, value in result["at_paper_setting"]["delay_s"].items()
-        },
-        "the paper's figure 10": result["paper"]["minutes"],
-    }
+    """The plan, and where the file has it the paper's setting under the same model, and what the
+    paper measured."""
+    series = {"as planned": _minutes(result)}
+    if "paper" in result:
+        series["the paper's setting"] = _minutes(result["at_paper_setting"])
+        series["the paper's figure 10"] = result["paper"]["minutes"]
     figure = _figure(7.4, 3.8)
     panel = figure.subplots()
     thick = 0.8 / len(series)
     for number, (label, minutes) in enumerate(series.items()):
         places = [
-            (at + (number - 1) * thick, minutes[name])
+            (at + (number - (len(series) - 1) / 2) * thick, minutes[name])
             for at, name in enumerate(WHOLE)
             if name in minutes
         ]
@@ -156,6 +154,10 @@ def _delay(result: Mapping[str, Any]) -> Any:
     _finish(panel)
     panel.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _minutes(found: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value / 60 for name, value in found["delay_s"].items()}
 
 
 def _finish(panel: Any) -> None:

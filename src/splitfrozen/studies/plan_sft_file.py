@@ -8,7 +8,7 @@
     [bounds]    BoundsPart     of the three variables of P1
     [accuracy]  AccuracyPart   how accurate which compression is, and how accurate it is to be
     [figures]   FiguresPart    what the delay is drawn over
-    [paper]     PaperPart      its setting and results, to print beside
+    [paper]     PaperPart      its setting and results, to print beside; optional
 
 experiments/sft.toml is an example with sources; docs/planning.md lists the keys.
 """
@@ -26,13 +26,14 @@ from msgspec import Meta, field
 from splitfrozen import rng
 from splitfrozen.config import Above0, Natural, Spec, Whole
 from splitfrozen.errors import DataError
+from splitfrozen.model.costs import ModelShape
 from splitfrozen.planning import surface as surfaces
 from splitfrozen.planning.bandwidth import Reals
 from splitfrozen.planning.sft import Bounds, Problem
 from splitfrozen.planning.sft_delay import Device, System
 from splitfrozen.planning.surface import Kept, Point, Share, Surface
 from splitfrozen.simulation.experiment import SHAPES
-from splitfrozen.studies.plan_file import bad
+from splitfrozen.studies.plan_file import bad, refuse_unsorted, with_vocabulary
 from splitfrozen.wire import topk
 
 Decibels = Annotated[float, Meta(ge=-50, le=100)]
@@ -42,13 +43,28 @@ Levels = Annotated[int, Meta(ge=2, le=topk.LEVELS)]
 
 class ModelPart(Spec, frozen=True):
     """`tokens`: N of a sample. `batch`: samples of a device's step. `rank`: of LoRA. `moments`:
-    that the optimiser keeps: 1 for SGD with momentum, 2 for Adam."""
+    that the optimiser keeps: 1 for SGD with momentum, 2 for Adam. `vocabulary`: where the shape
+    reads tokens."""
 
     shape: Literal["gpt2-small", "vit-base"]
     tokens: Whole
     batch: Whole
     rank: Whole
     moments: Literal[0, 1, 2] = 1
+    vocabulary: Whole | None = None
+
+    def __post_init__(self) -> None:
+        reads = self.shape == "gpt2-small"
+        if reads != (self.vocabulary is not None):
+            got = "nothing" if reads else self.vocabulary
+            allowed = "how many tokens there are" if reads else f"nothing with {self.shape}"
+            remedy = "add it, such as GPT-2's 50257" if reads else "remove it"
+            raise bad("model.vocabulary", got, allowed, remedy)
+
+    def costs(self) -> ModelShape:
+        """With its head, which the server has."""
+        shape = SHAPES[self.shape]()
+        return shape if self.vocabulary is None else with_vocabulary(shape, self.vocabulary)
 
 
 class DevicesPart(Spec, frozen=True):
@@ -113,9 +129,12 @@ class AccuracyPart(Spec, frozen=True):
 
 
 class FiguresPart(Spec, frozen=True):
-    """`total_hz`: bandwidths that the delay is drawn over."""
+    """`total_hz`: bandwidths, from the least, that the delay is drawn over."""
 
     total_hz: tuple[Above0, ...] = ()
+
+    def __post_init__(self) -> None:
+        refuse_unsorted("figures.total_hz", self.total_hz)
 
 
 class PaperPart(Spec, frozen=True):
@@ -143,7 +162,7 @@ class Experiment(Spec, frozen=True):
     channel: ChannelPart
     bounds: BoundsPart
     accuracy: AccuracyPart
-    paper: PaperPart
+    paper: PaperPart | None = None
     figures: FiguresPart = FiguresPart()
     seed: Natural = 0
 
@@ -156,10 +175,10 @@ class Experiment(Spec, frozen=True):
         ):
             if least > most:
                 raise bad(key, [least, most], "the least before the most", "exchange them")
-        blocks = SHAPES[self.model.shape]().blocks
+        blocks = self.model.costs().blocks
         for key, most in (
             ("bounds.blocks", self.bounds.blocks[1]),
-            ("paper.blocks", self.paper.blocks),
+            ("paper.blocks", self.paper.blocks if self.paper else 1),
         ):
             if most >= blocks:
                 allowed = f"1..{blocks - 1}, as {self.model.shape} has {blocks} blocks"
@@ -171,7 +190,7 @@ def system_of(spec: Experiment) -> System:
     speeds = rng.stream(spec.seed, "devices").uniform(*spec.devices.flops, spec.devices.count)
     own, most_hz = spec.devices, spec.devices.most_hz or spec.channel.total_hz
     return System(
-        shape=SHAPES[spec.model.shape](),
+        shape=spec.model.costs(),
         tokens=spec.model.tokens,
         batch=spec.model.batch,
         rank=spec.model.rank,
@@ -207,6 +226,9 @@ def problem_of(spec: Experiment, system: System, folder: Path) -> Problem:
     measured = [point[:2] for point in surface.points]
     _refuse_beyond("bounds.rho", own.rho, [rho for rho, _ in measured])
     _refuse_beyond("bounds.levels", own.levels, [levels for _, levels in measured])
+    if spec.paper is not None:
+        _refuse_beyond("paper.rho", [spec.paper.rho], [rho for rho, _ in measured])
+        _refuse_beyond("paper.levels", [spec.paper.levels], [levels for _, levels in measured])
     return Problem(
         system=system,
         snr=np.full(spec.devices.count, _ratio(spec.channel.snr_db)),
@@ -235,12 +257,13 @@ def _surface(part: AccuracyPart, folder: Path) -> Surface:
     return surfaces.read(data, str(path))
 
 
-def _refuse_beyond(key: str, bounds: tuple[float, float], measured: Sequence[float]) -> None:
+def _refuse_beyond(key: str, wanted: Sequence[float], measured: Sequence[float]) -> None:
     """A polynomial says nothing of what is outside of its points."""
     least, most = min(measured), max(measured)
-    if bounds[0] < least or bounds[1] > most:
+    if min(wanted) < least or max(wanted) > most:
+        got = ", ".join(f"{one:g}" for one in wanted)
         allowed = f"within {least:g} to {most:g}, where the accuracy was measured"
-        raise bad(key, list(bounds), allowed, "narrow it, or measure more points")
+        raise bad(key, got, allowed, "keep within that, or measure more points")
 
 
 def _ratio(decibels: Any) -> Any:

@@ -12,7 +12,7 @@ import csv
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from splitfrozen.simulation.experiment import named
 from splitfrozen.studies import plan_splitfrozen_figures as figures
 from splitfrozen.studies.plan_file import load, write_result
 from splitfrozen.studies.plan_splitfrozen_cases import Case, brute_force, crowd, draw
+from splitfrozen.studies.plan_splitfrozen_figures import Row
 from splitfrozen.studies.plan_splitfrozen_file import (
     MEGA,
     AirPart,
@@ -47,15 +48,6 @@ log = logging.getLogger("splitfrozen.plan")
 
 
 # --- rules to compare with -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one way to choose depths takes, s, with the file's first codec and with the plan's."""
-
-    rule: str
-    plain_s: float
-    codec_s: float
 
 
 RULES = ("paper's rule", "depth rule", "all at depth 1", "all at the cut")
@@ -147,8 +139,8 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
     found, _, rows = planned(spec, made)
     paper, depth = rows[1], rows[2]
     data: dict[str, object] = {
-        "problem": str(source),
-        "system": "splitfrozen",
+        "system": spec.system,
+        "file": str(source),
         "plan": as_data(found.plan),
         "makespan_s": found.makespan_s,
         "paper_rule_s": paper.codec_s,
@@ -172,7 +164,7 @@ def plan(source: Path, table: dict[str, Any], out: Path | None) -> Outcome:
         data["crowd"], line = _crowded(spec.crowd)
         text += ["", line]
     if out is not None:
-        text += ["", *(f"wrote {path}" for path in _write(spec, made, found, data, out))]
+        text += ["", *(f"wrote {path}" for path in _write(source, spec, made, found, data, out))]
     return Outcome(data, "\n".join(text))
 
 
@@ -213,13 +205,14 @@ def gap(check: CheckPart) -> tuple[dict[str, object], str]:
         log.debug("network %d of %d: %+.5f", number + 1, check.instances, gaps[-1])
     data: dict[str, object] = {
         "instances": check.instances,
+        "min": min(gaps),
         "max": max(gaps),
         "mean": float(np.mean(gaps)),
-        "within_1_percent": float(np.mean(np.array(gaps) <= WITHIN)),
+        "within_1_percent": float(np.mean(np.abs(gaps) <= WITHIN)),
     }
     line = (
         f"{check.instances} drawn networks: {data['within_1_percent']:.1%} within 1 % of brute"
-        f" force, at most {max(gaps):+.3%}, {data['mean']:+.3%} on average"
+        f" force, from {min(gaps):+.3%} to {max(gaps):+.3%}, {data['mean']:+.3%} on average"
     )
     return data, line
 
@@ -285,12 +278,13 @@ def _rules_text(made: Case, found: Found, rows: list[Row]) -> str:
 
 
 def _write(
-    spec: PlanFile, made: Case, found: Found, data: dict[str, object], out: Path
+    source: Path, spec: PlanFile, made: Case, found: Found, data: dict[str, object], out: Path
 ) -> Iterator[Path]:
-    """Both Gantt pictures in one, the curves with their data, and the result as JSON."""
-    name = Path(str(data["problem"])).stem
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
+    """The result as JSON, both Gantt pictures in one, and the curves with their data."""
+    name = source.stem
+    path = out / f"{name}.json"
+    write_result(path, data)
+    yield path
     paper = ruled(spec, made, found.plan.codec)["paper's rule"]
     path = out / f"{name}-gantt.png"
     lines = {"the plan": made.replay(found.plan), "the paper's rule": made.replay(paper)}
@@ -313,9 +307,6 @@ def _write(
                     (at.bps, row.rule, row.plain_s, row.codec_s, *ends) for row in at.rows
                 )
         yield path
-    path = out / f"{name}.json"
-    write_result(path, data)
-    yield path
 
 
 def curve(spec: PlanFile, figure: FigurePart) -> Iterator[figures.AtRate]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,15 +27,13 @@ SHOWN_DEVICES = 2
 """Of each kind, in the Gantt picture."""
 
 
-class Curve(Protocol):
-    """A rule at one rate."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one way to choose depths takes, s, with the file's first codec and with the plan's."""
 
-    @property
-    def rule(self) -> str: ...
-    @property
-    def plain_s(self) -> float: ...
-    @property
-    def codec_s(self) -> float: ...
+    rule: str
+    plain_s: float
+    codec_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class AtRate:
     """
 
     bps: float
-    rows: Sequence[Curve]
+    rows: Sequence[Row]
     codec: str
     plain_bound_s: float
     bound_s: float

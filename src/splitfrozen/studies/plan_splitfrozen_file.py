@@ -27,7 +27,7 @@ from splitfrozen.planning.makespan import Knob, Medium, Subchannels
 from splitfrozen.simulation.experiment import SHAPES, MachineGroup, MachinePart, named
 from splitfrozen.simulation.setting import Setting
 from splitfrozen.simulation.work import Counting
-from splitfrozen.studies.plan_file import bad
+from splitfrozen.studies.plan_file import bad, refuse_unsorted
 from splitfrozen.studies.plan_splitfrozen_cases import Case, Flow, Party, case
 from splitfrozen.wire.codec import needs_side
 
@@ -124,9 +124,12 @@ class CrowdPart(Spec, frozen=True):
 
 
 class FigurePart(Spec, frozen=True):
-    """`bps`: rates of every uplink for which the makespans are drawn."""
+    """`bps`: rates of every uplink, from the lowest, for which the makespans are drawn."""
 
     bps: Annotated[tuple[Above0, ...], Meta(min_length=2)]
+
+    def __post_init__(self) -> None:
+        refuse_unsorted("figure.bps", self.bps)
 
 
 class PlanFile(Spec, frozen=True):
