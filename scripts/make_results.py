@@ -244,7 +244,8 @@ def planned(result: Result) -> str:
             "",
             f"No plan can be faster than {result['bound_s']:.3f} s. Of {gap['instances']} drawn "
             f"networks {100 * gap['within_1_percent']:g} % are within 1 % of brute force, at most "
-            f"{100 * gap['max']:.2f} % above. {crowd['clients']} devices and "
+            f"{100 * gap['max']:.2f} % above and, where they share a medium, "
+            f"{-100 * gap['min']:.2f} % below. {crowd['clients']} devices and "
             f"{crowd['subchannels']} subchannels take {crowd['cpu_s']:.2f} s of CPU.",
             "",
             "![Makespan over the rate of uplinks]"
@@ -278,7 +279,11 @@ def planned_sft(result: Result) -> str:
             f"block of each device (`splitfrozen plan experiments/sft.toml`); the paper has "
             f"{paper['rho']:g}, {paper['levels']} and {paper['blocks']}. "
             f"{100 * p1['gap']:+.2f} % from brute force, the fit's mean squared error "
-            f"{100 * p1['surface']['mse']:.2f} % (the paper: below 0.26 %). "
+            f"{100 * p1['surface']['mse']:.2f} % (the paper: below 0.26 %); that is "
+            f"{100 * p1['surface']['rmse']:.1f} points as a root and "
+            f"{100 * p1['surface']['largest_residual']:.1f} at worst. At the paper's setting "
+            f"accuracy is {there['accuracy']:.3f} by the fit, {there['measured_accuracy']:.3f} "
+            f"measured, and {p1['surface']['reference']:.3f} without compression. "
             f"P2: Algorithm 3 is within {100 * p2['close']:g} % of the exact solution in "
             f"{100 * p2['within']:g} % of {p2['instances']} instances. What SFT saves against "
             "the others; the paper, against SFT without compression: "
@@ -303,7 +308,7 @@ def planned_fedsllm(result: Result) -> str:
         for figure, claims in result["claims"].items()
         for trend in [result["trends"].get(figure)]
     ]
-    claimed = next(iter(result["claims"].values()))
+    claimed, large = next(iter(result["claims"].values())), result["large"]
     return "\n".join(
         [
             "## FedsLLM's plan",
@@ -314,7 +319,8 @@ def planned_fedsllm(result: Result) -> str:
             f"With E(r) of easier targets: {_shares(result['delay_saved_by_target'])}. "
             f"Power: bisection and convex programme differ by {result['power_gap']:.1e} at most. "
             f"The descent is {100 * result['descent_gap_mean']:.2f} % from the optimum on "
-            f"average, {100 * result['descent_gap_max']:.2f} % at worst. "
+            f"average, {100 * result['descent_gap_max']:.2f} % at worst. {large['clients']} "
+            f"clients and {large['subchannels']} subchannels take {large['cpu_s']:.2f} s of CPU. "
             "Whether the figures are as the paper says of its own:",
             "",
             _table(["figure", *claimed, "gap", "in seconds", "as a part"], lines),

@@ -241,6 +241,7 @@ def test_a_plan_of_fedsllm_tells_what_holds_by_which_measure(script: ModuleType)
         "power_gap": 1e-11,
         "descent_gap_mean": 0.0012,
         "descent_gap_max": 0.025,
+        "large": {"clients": 100, "subchannels": 90, "cpu_s": 0.72},
         "claims": {"5": {"a is most": True}, "8": {"a is most": False}},
         "trends": {"5": trend},
         "environment": result(("iid",))["environment"],
@@ -248,6 +249,7 @@ def test_a_plan_of_fedsllm_tells_what_holds_by_which_measure(script: ModuleType)
     text = script.document({"fedsllm": fedsllm})
     assert "20.0 %, from 3.0 % to 42.0 %" in text
     assert "25.0 % at 0.5 of the way" in text
+    assert "100 clients and 90 subchannels take 0.72 s of CPU" in text
     assert "| 5 | yes | b comes nearer | yes | no |" in text
     assert "| 8 | no | - | - | - |" in text
 
