@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -258,3 +261,28 @@ def test_results_of_several_versions_of_the_code_say_so(script: ModuleType) -> N
     once = {**result(("iid",)), "codes": ["a1"]}
     assert "versions of the code" not in script.document({"accuracy": once})
     assert "2 versions of the code" in script.document({"accuracy": {**once, "codes": ["a1", "b"]}})
+
+
+def test_the_plans_codecs_are_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "codec.json").read_text())
+    losses = {one["codec"]: one["accuracy_loss"] for one in measured["losses"]["mrpc"]}
+    bits = {one["codec"]: one["bits_per_element"] for one in measured["mrpc"]["codecs"]}
+    source = ROOT / "experiments" / "splitfrozen-plan.toml"
+    planned = tomllib.loads(source.read_text())["codecs"]
+    assert {one["name"] for one in planned} - bits.keys() == {"float32"}
+    for one in planned:
+        name = one["name"]
+        assert one["bits"] == pytest.approx(bits.get(name, 32), abs=0.05), name
+        assert one.get("accuracy_loss", 0) == pytest.approx(max(0, losses[name]), abs=6e-4), name
+
+
+def test_what_codecs_cost_is_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "codec.json").read_text())
+    text = (ROOT / "docs" / "codecs.md").read_text().partition("## What they cost")[2]
+    rows = re.findall(r"^\| `([^`]+)`[^|]*\| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 5
+    for name, cells in rows:
+        for dataset, cell in zip(("mrpc", "sst2"), cells.split(" | "), strict=True):
+            found = next(one for one in measured["losses"][dataset] if one["codec"] == name)
+            told = cell.replace(" times", "")
+            assert told == f"{found['ratio']:.0f}, {-100 * found['accuracy_loss']:+.1f}", name
