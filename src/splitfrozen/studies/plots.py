@@ -12,8 +12,16 @@ from splitfrozen.studies.scores import MEASURES, by_place, measures, shown
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 MARKERS = "osD^v<>PX*"
+NAMES_AT = (
+    *(("right", -4, 4), ("right", -6, -3), ("left", 4, 5), ("right", -4, 12)),
+    *(("left", 4, -17), ("right", -4, -9), ("left", 6, -3), ("left", 4, -9)),
+)
+"""Where a point's name may stand: the side of it that is nearest, and points right and up."""
 FEW = 2
 """More partitions than that are an axis of their own."""
+
+_Point = tuple[float, float, Mapping[str, Any]]
+"""MB, score, and the row of the trade-off."""
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -105,6 +113,7 @@ def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
     markers = dict(zip(names, cycle(MARKERS if several else "o"), strict=False))
     figure = _figure(5.2 * len(ranks) + 0.6, 3.9 * len(datasets) + 0.3 + 0.9 * several)
     panels = figure.subplots(len(datasets), len(ranks), squeeze=False)
+    unnamed: list[tuple[Any, list[_Point]]] = []
     for line, dataset in zip(panels, datasets, strict=True):
         for panel, rank in zip(line, ranks, strict=True):
             for partition, colour in colours.items():
@@ -117,7 +126,7 @@ def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
                 if own:
                     _draw_front(panel, own, colour, markers)
                 if not several:
-                    _name_points(panel, own, result["labels"])
+                    unnamed.append((panel, own))
             _log_axis(panel)
             panel.margins(x=0.15, y=0.1)
             panel.set_title(f"{dataset}, rank {rank}", parse_math=False, fontsize=10)
@@ -126,6 +135,9 @@ def draw_tradeoff(result: Mapping[str, Any], path: Path) -> None:
         line[0].set_ylabel(told)
     if several:
         _explain(figure, colours, {result["labels"][name]: markers[name] for name in names})
+    figure.draw_without_rendering()
+    for panel, own in unnamed:
+        _name_points(panel, own, result["labels"])
     figure.savefig(path, dpi=120)
 
 
@@ -155,7 +167,7 @@ def _log_axis(panel: Any) -> None:
 
 def _draw_front(
     panel: Any,
-    own: Sequence[tuple[float, float, Mapping[str, Any]]],
+    own: Sequence[_Point],
     colour: str,
     markers: Mapping[str, str],
 ) -> None:
@@ -168,20 +180,38 @@ def _draw_front(
         panel.plot([x], [y], marker, color=colour, markerfacecolor=filled, markersize=5)
 
 
-def _name_points(
-    panel: Any, own: Sequence[tuple[float, float, Mapping[str, Any]]], labels: Mapping[str, str]
-) -> None:
+def _name_points(panel: Any, own: Sequence[_Point], labels: Mapping[str, str]) -> None:
+    """Each where it covers no other name and no point, if there is such a place beside its own.
+
+    For a panel whose axes are as they will be drawn.
+    """
+    from matplotlib.transforms import Bbox
+
+    at = (panel.transData.transform((x, y)) for x, y, _ in own)
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
     for x, y, one in own:
-        panel.annotate(
-            labels[one["method"]],
-            (x, y),
-            # The front runs up to the right: its names stand above it, those of the others below.
-            xytext=(-4, 4) if one["on_front"] else (4, -9),
-            horizontalalignment="right" if one["on_front"] else "left",
-            textcoords="offset points",
-            fontsize=7,
-            parse_math=False,
-        )
+        # The front runs up to the right: its names stand above it, those of the others below.
+        places = NAMES_AT if one["on_front"] else NAMES_AT[::-1]
+        tried: list[tuple[int, int, Any, Any]] = []
+        for side, right, up in places:
+            text = panel.annotate(
+                labels[one["method"]],
+                (x, y),
+                xytext=(right, up),
+                horizontalalignment=side,
+                textcoords="offset points",
+                fontsize=7,
+                parse_math=False,
+            )
+            box = text.get_window_extent()
+            tried.append((sum(box.overlaps(other) for other in taken), len(tried), text, box))
+            if tried[-1][0] == 0:
+                break
+        best = min(tried, key=lambda it: it[:2])
+        for _, number, text, _ in tried:
+            if number != best[1]:
+                text.remove()
+        taken.append(best[3])
 
 
 def _draw_panel(
