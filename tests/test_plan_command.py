@@ -10,6 +10,7 @@ import pytest
 from splitfrozen import config
 from splitfrozen.errors import ConfigError, StoreError
 from splitfrozen.planning.sft import Choice
+from splitfrozen.records import Outcome
 from splitfrozen.studies import plan_fedsllm, plan_fedsllm_file, plan_file, plan_run, plan_sft
 from splitfrozen.studies import plan_sft_file as sft_file
 from splitfrozen.studies.plan import SYSTEMS, _not_looked_at, plan
@@ -270,6 +271,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(StoreError, match="out"):
         plan(network, None, tmp_path / "out")
+
+
+def test_a_run_with_a_least_depth_takes_a_plan_that_keeps_it(tmp_path: Path) -> None:
+    floor = RUN.replace("count = 7\n", "count = 7\nleast_depth = {}\n")
+    network, run = files(tmp_path, run=floor.format(1))
+    depths = config.load(run).devices.least_depth, *_planned(plan(network, run, tmp_path / "a"))
+    run.write_text(floor.format(min(depths[1:])).replace("cut = 1", "cut = 3"))
+    plan(network, run, tmp_path / "b")
+    made = config.load(tmp_path / "b" / "run.toml").devices
+    assert (made.least_depth, made.depth) == (1, depths[1:])
+    run.write_text(floor.format(min(depths[1:]) + 1).replace("cut = 1", "cut = 4"))
+    with pytest.raises(ConfigError, match=r"plan with limits\.least_depth = "):
+        plan(network, run, tmp_path / "c")
+
+
+def _planned(found: Outcome) -> tuple[int, ...]:
+    data: dict[str, Any] = found.data
+    return tuple(data["plan"]["depth"].values())
 
 
 def test_what_sft_decides_is_a_run(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def _run(spec: Experiment, split: int, rank: int, scale: float) -> dict[str, Any
     steps = {"local_steps": spec.model.local_steps, "local_epochs": None}
     changes: dict[str, Any] = {
         "model": {"cut": split},
-        "devices": {"count": spec.cell.clients, "depth": "auto"},
+        "devices": {"count": spec.cell.clients, "depth": "auto", "least_depth": None},
         "lora": {"rank": rank, "alpha": scale * rank},
         "train": {"batch_size": spec.model.batch},
         "method": {"name": "fedsllm", **steps},

@@ -59,6 +59,7 @@ def write(source: Path, changes: Changes, devices: Sequence[str], target: Path) 
     """
     before, own = complete(read_toml(source), source), read_toml(source)
     _refuse_without_public(before, changes, source, target)
+    _refuse_too_shallow(before, changes, source, target)
     table = _merged(own, changes, before.method.name)
     table.setdefault("run", {}).setdefault("folder", str(target.resolve().parent / "run"))
     try:
@@ -88,6 +89,18 @@ def _refuse_without_public(before: Config, changes: Changes, source: Path, targe
             allowed="a file of rows like those of the task that every device may know",
             remedy="name one in [wire], or plan without codecs that need it; what was planned is "
             f"in {target.parent}",
+        )
+
+
+def _refuse_too_shallow(before: Config, changes: Changes, source: Path, target: Path) -> None:
+    depths, least = changes.get("devices", {}).get("depth", "auto"), before.devices.least_depth
+    if depths != "auto" and min(depths) < least:
+        raise ConfigError(
+            f"the plan has a device at depth {min(depths)}",
+            got=f"devices.least_depth = {least} in {source.name}",
+            allowed=f"depths of {least} or more",
+            remedy=f"plan with limits.least_depth = {least}; what was planned is in "
+            f"{target.parent}",
         )
 
 
@@ -151,7 +164,7 @@ def _lines(
         default = field.default
         if field.default_factory is not NODEFAULT:
             default = field.default_factory()
-        fixed = field.name in changes.get(section, {})
+        fixed = changes.get(section, {}).get(field.name) is not None
         if value is None or (value == default and not fixed):
             continue
         if (section, field.name) in PATHS:

@@ -120,7 +120,7 @@ def _run(spec: Experiment, choice: Choice) -> dict[str, Any]:
     codec = f"topk:{choice.rho:.4g}:{choice.levels}"
     return {
         "model": {"cut": choice.blocks},
-        "devices": {"count": spec.devices.count, "depth": "auto"},
+        "devices": {"count": spec.devices.count, "depth": "auto", "least_depth": None},
         "lora": {"rank": spec.model.rank},
         "train": {"epochs": spec.rounds, "batch_size": spec.model.batch},
         "wire": {"codec": codec},

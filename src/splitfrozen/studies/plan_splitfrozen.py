@@ -173,7 +173,7 @@ def _run(spec: PlanFile, chosen: Plan) -> dict[str, object]:
     depths = [chosen.depth[name] for name, _ in named(spec.devices)]
     return {
         "model": {"cut": spec.model.cut},
-        "devices": {"count": len(depths), "depth": depths},
+        "devices": {"count": len(depths), "depth": depths, "least_depth": None},
         "lora": {"rank": spec.model.rank},
         "train": {"epochs": spec.data.epochs, "batch_size": spec.data.batch_size},
         "wire": {"codec": chosen.codec},
