@@ -64,7 +64,8 @@ of an accuracy on so many rows is a point. In bold: nothing else sends as little
 DITHER = """\
 Is it worth drawing again what was rounded, as a frozen front makes each activation once
 (`benchmarks/dither.py`)? Accuracy of each seed with Top-K rounded at random once, and anew for
-every epoch; bits a value and relative error of `ecsq` plain and with subtractive dither.
+every epoch, where there are several; bits a value and relative error of `ecsq` plain and with
+subtractive dither.
 """
 DRAWN = ("once", "anew")
 
